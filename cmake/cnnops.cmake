@@ -1,0 +1,76 @@
+# The only place with instruction-set and CUDA compile flags.
+#
+#   cnnops_add_module(<target> <sources>...)  the Python extension module
+#   cnnops_add_op(<op>)                       csrc/ops/<op>.cpp, csrc/reference/<op>.cpp, csrc/cpu/<op>.cpp once per
+#                                             instruction set, and csrc/cuda/<op>.cu in a CUDA build
+set(CMAKE_CXX_STANDARD 20)
+set(CMAKE_CXX_STANDARD_REQUIRED ON)
+set(CMAKE_CXX_EXTENSIONS ON)
+set(CMAKE_POSITION_INDEPENDENT_CODE ON)
+set(CMAKE_CXX_VISIBILITY_PRESET hidden)
+set(CMAKE_VISIBILITY_INLINES_HIDDEN ON)
+set(CMAKE_EXPORT_COMPILE_COMMANDS ON)
+
+if(NOT CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
+  message(FATAL_ERROR "cnnops needs GCC or Clang (vector extensions); found ${CMAKE_CXX_COMPILER_ID}")
+endif()
+
+find_package(Python 3.10 REQUIRED COMPONENTS Interpreter Development.Module)
+find_package(pybind11 CONFIG REQUIRED)
+find_package(OpenMP REQUIRED COMPONENTS CXX)
+
+# Instruction-set levels of the CPU kernels, and what each is compiled with.
+set(CNNOPS_ISAS baseline)
+set(CNNOPS_FLAGS_baseline "")
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
+  list(APPEND CNNOPS_ISAS avx2 avx512)
+  set(CNNOPS_FLAGS_avx2 -mavx2 -mfma -mf16c)
+  set(CNNOPS_FLAGS_avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512)
+endif()
+
+# Contraction to FMA is allowed (the references are checked with tolerances); reassociation is not.
+set(CNNOPS_WARNINGS -Wall -Wextra -Wno-unused-function -Wno-maybe-uninitialized -Wno-unknown-pragmas $<$<BOOL:${CNNOPS_WERROR}>:-Werror>)
+set(CNNOPS_KERNEL_FLAGS -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast ${CNNOPS_WARNINGS})
+
+set(CNNOPS_HAVE_CUDA OFF)
+if(NOT CNNOPS_CUDA STREQUAL "OFF")
+  include(CheckLanguage)
+  check_language(CUDA)
+  if(CNNOPS_CUDA STREQUAL "ON" AND NOT CMAKE_CUDA_COMPILER)
+    message(FATAL_ERROR
+      "CNNOPS_CUDA=ON, but no CUDA compiler was found. Put nvcc on PATH, or set CUDACXX or CMAKE_CUDA_COMPILER to it, "
+      "or build without CUDA kernels with CNNOPS_CUDA=OFF.")
+  endif()
+endif()
+
+function(cnnops_add_module target)
+  pybind11_add_module(${target} MODULE NO_EXTRAS ${ARGN})
+  target_include_directories(${target} PRIVATE csrc)
+  target_link_libraries(${target} PRIVATE OpenMP::OpenMP_CXX)
+  target_compile_options(${target} PRIVATE -O2 ${CNNOPS_WARNINGS})
+  string(REPLACE ";" "," isas "${CNNOPS_ISAS}")
+  target_compile_definitions(${target} PRIVATE
+    CNNOPS_VERSION="${PROJECT_VERSION}"
+    CNNOPS_BUILT_ISAS="${isas}"
+    CNNOPS_COMPILER="${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}"
+    CNNOPS_X86=$<BOOL:${CNNOPS_FLAGS_avx2}>)
+  install(TARGETS ${target} LIBRARY DESTINATION cnnops)
+  set(CNNOPS_MODULE ${target} PARENT_SCOPE)
+  foreach(isa reference ${CNNOPS_ISAS})
+    set(library cnnops_${isa})
+    add_library(${library} OBJECT)
+    target_include_directories(${library} PRIVATE csrc)
+    target_compile_definitions(${library} PRIVATE CNNOPS_ISA=${isa} CNNOPS_ISA_${isa}=1)
+    target_compile_options(${library} PRIVATE ${CNNOPS_KERNEL_FLAGS} ${CNNOPS_FLAGS_${isa}})
+    target_link_libraries(${library} PRIVATE OpenMP::OpenMP_CXX)
+    target_link_libraries(${target} PRIVATE ${library})
+  endforeach()
+endfunction()
+
+function(cnnops_add_op op)
+  target_sources(${CNNOPS_MODULE} PRIVATE csrc/ops/${op}.cpp)
+  target_sources(cnnops_reference PRIVATE csrc/reference/${op}.cpp)
+  foreach(isa ${CNNOPS_ISAS})
+    target_sources(cnnops_${isa} PRIVATE csrc/cpu/${op}.cpp)
+  endforeach()
+endfunction()

@@ -1,0 +1,22 @@
+// Activations that kernels fuse, with PyTorch's default parameters.
+#pragma once
+
+#include <cstdint>
+
+namespace cnnops {
+
+enum class Activation : uint8_t {
+  none,
+  relu,        // max(z, 0)
+  relu6,       // min(max(z, 0), 6)
+  leaky_relu,  // z > 0 ? z : 0.01 z
+  elu,         // z > 0 ? z : exp(z) - 1
+  sigmoid,     // 1 / (1 + exp(-z))
+  tanh,        // tanh(z)
+  softplus,    // z > 20 ? z : log(1 + exp(z))
+  silu,        // z * sigmoid(z)
+  hardswish,   // z * min(max(z + 3, 0), 6) / 6
+  gelu,        // z * (1 + erf(z / sqrt(2))) / 2
+};
+
+}  // namespace cnnops

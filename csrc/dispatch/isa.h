@@ -1,0 +1,26 @@
+// Which instruction sets this build has, this CPU and operating system offer, and the user allows.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace cnnops {
+
+enum class Isa : int { reference = -1, baseline = 0, avx2 = 1, avx512 = 2, amx = 3 };
+
+struct IsaLevel {
+  Isa isa;
+  bool built;
+  bool supported;
+  std::string reason;  // why it is not usable; empty when it is
+};
+
+const char* name(Isa isa);
+// All levels, lowest first.
+const std::vector<IsaLevel>& isa_levels();
+// The highest level kernels may use: the best supported one, or the cap.
+Isa isa_limit();
+// Caps the choice; "" removes the cap. Throws ValueError for an unknown name or a level that cannot run here.
+void set_isa_limit(const std::string& level);
+
+}  // namespace cnnops

@@ -1,0 +1,103 @@
+// The kernel table of an op: one row per instruction set (or device), dtype and pass, best first. csrc/ops/<op>.inc lists
+// the rows; the first row that the CPU, the user's limit, the dtype and the problem allow is run. Python sees every row
+// (cnnops._C.kernels()) and can name one by its index, which is how tests and benchmarks reach all of them.
+#pragma once
+
+#include <cstring>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "common/check.h"
+#include "common/dtype.h"
+#include "dispatch/isa.h"
+
+// In an .inc file: CNNOPS_KERNEL(pass, isa, dtype, function, accepts), where `accepts` is a predicate on the Params, and
+// CNNOPS_KERNELS(pass, isa, function, accepts) for the four dtypes at once.
+#define CNNOPS_KERNELS(pass, isa, function, accepts)           \
+  CNNOPS_KERNEL(pass, isa, f32, function##_f32, accepts)       \
+  CNNOPS_KERNEL(pass, isa, f64, function##_f64, accepts)       \
+  CNNOPS_KERNEL(pass, isa, bf16, function##_bf16, accepts)     \
+  CNNOPS_KERNEL(pass, isa, f16, function##_f16, accepts)
+#if CNNOPS_X86
+#define CNNOPS_KERNELS_X86(pass, isa, function, accepts) CNNOPS_KERNELS(pass, isa, function, accepts)
+#else
+#define CNNOPS_KERNELS_X86(pass, isa, function, accepts)
+#endif
+// A generic kernel at every level, and its reference.
+#define CNNOPS_KERNELS_ALL(pass, function, accepts)          \
+  CNNOPS_KERNELS_X86(pass, avx512, function, accepts)        \
+  CNNOPS_KERNELS_X86(pass, avx2, function, accepts)          \
+  CNNOPS_KERNELS(pass, baseline, function, accepts)          \
+  CNNOPS_KERNELS(pass, reference, function, accepts)
+
+namespace cnnops {
+
+const char* name(DType dtype);
+
+template <class Params>
+struct KernelRow {
+  const char* pass;
+  Isa isa;
+  DType dtype;
+  const char* function;
+  void (*run)(const Params&);
+  bool (*accepts)(const Params&);
+};
+
+// The accepts of a kernel that takes every problem its op's contract allows.
+template <class Params>
+bool any(const Params&) {
+  return true;
+}
+
+inline bool usable(Isa isa) { return isa == Isa::reference || isa <= isa_limit(); }
+
+// What Python is shown of a row.
+struct KernelInfo {
+  std::string op, pass, isa, dtype, function;
+  int row;
+  bool usable;    // built, supported by this CPU and within the limit
+  bool selected;  // the first usable row of its pass and dtype that takes every problem
+};
+
+constexpr int kSelect = -1;
+
+template <class Params>
+const KernelRow<Params>& select(std::span<const KernelRow<Params>> table, const char* pass, DType dtype,
+                                const Params& params, int row = kSelect) {
+  if (row != kSelect) {
+    CNNOPS_CHECK(row >= 0 && row < static_cast<int>(table.size()), std::invalid_argument, "kernel: row ", row,
+                 " is not in the table, which has ", table.size(), " rows");
+    const auto& chosen = table[row];
+    CNNOPS_CHECK(std::strcmp(chosen.pass, pass) == 0 && chosen.dtype == dtype, std::invalid_argument, "kernel: row ",
+                 row, " is ", chosen.function, " for ", chosen.pass, " in ", name(chosen.dtype), ", not for ", pass,
+                 " in ", name(dtype));
+    CNNOPS_CHECK(usable(chosen.isa), std::runtime_error, "kernel: row ", row, " needs ", name(chosen.isa),
+                 ", which cannot be used here");
+    CNNOPS_CHECK(chosen.accepts(params), std::invalid_argument, "kernel: ", chosen.function,
+                 " does not take this problem");
+    return chosen;
+  }
+  for (const auto& candidate : table)
+    if (candidate.dtype == dtype && std::strcmp(candidate.pass, pass) == 0 && candidate.isa != Isa::reference &&
+        usable(candidate.isa) && candidate.accepts(params))
+      return candidate;
+  throw std::runtime_error(message("no kernel for ", pass, " in ", name(dtype)));
+}
+
+template <class Params>
+std::vector<KernelInfo> describe(const char* op, std::span<const KernelRow<Params>> table) {
+  std::vector<KernelInfo> rows;
+  for (size_t i = 0; i < table.size(); ++i) {
+    const auto& row = table[i];
+    bool selected = row.isa != Isa::reference && usable(row.isa) && row.accepts == &any<Params>;
+    for (size_t j = 0; j < i && selected; ++j)
+      selected = !(rows[j].selected && rows[j].pass == row.pass && rows[j].dtype == name(row.dtype));
+    rows.push_back({op, row.pass, name(row.isa), name(row.dtype), row.function, static_cast<int>(i),
+                    usable(row.isa), selected});
+  }
+  return rows;
+}
+
+}  // namespace cnnops

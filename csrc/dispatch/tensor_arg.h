@@ -1,0 +1,53 @@
+// Tensors from Python: through the DLPack C exchange API where the type offers it (torch >= 2.11), else through the buffer
+// protocol (NumPy arrays, so that kernels can be tested without torch). Nothing is copied, nothing is owned.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <initializer_list>
+#include <optional>
+
+#include "common/check.h"
+#include "common/tensor.h"
+#include "dispatch/kernel_table.h"
+
+namespace cnnops {
+
+Tensor tensor_from_python(PyObject* object);
+
+// "[2, 3, 4]"
+std::string shape_text(const Tensor& t);
+
+// Checks that every tensor lies on the CPU, has 4 dimensions and `dtype`, and returns the layout they share.
+struct NamedTensor {
+  const char* name;
+  const Tensor* tensor;
+};
+Layout common_layout(const char* op, DType dtype, std::initializer_list<NamedTensor> images);
+// Checks that a tensor lies on the CPU, has this dtype and shape, and is contiguous.
+void expect_contiguous(const char* op, const NamedTensor& t, DType dtype, std::initializer_list<int64_t> shape);
+void expect_shape(const char* op, const NamedTensor& t, std::initializer_list<int64_t> shape);
+
+// Selects and runs a kernel, without the GIL.
+template <class Params>
+void run(std::span<const KernelRow<Params>> table, const char* pass, DType dtype, const Params& params, int row) {
+  const auto& kernel = select(table, pass, dtype, params, row);
+  pybind11::gil_scoped_release release;
+  kernel.run(params);
+}
+
+}  // namespace cnnops
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<cnnops::Tensor> {
+  PYBIND11_TYPE_CASTER(cnnops::Tensor, const_name("torch.Tensor"));
+  bool load(handle source, bool) {
+    value = cnnops::tensor_from_python(source.ptr());
+    return true;
+  }
+};
+
+}  // namespace pybind11::detail

@@ -1,0 +1,60 @@
+#include "ops/avg_pool2d.h"
+
+#include "dispatch/op_table.h"
+
+namespace cnnops {
+
+#define CNNOPS_OP "avg_pool2d"
+#define CNNOPS_PARAMS AvgPool2dParams
+#define CNNOPS_TABLE "ops/avg_pool2d.inc"
+#include "dispatch/define_table.h"
+
+namespace {
+
+AvgPool2dParams validate(const char* op, const Tensor& in, const Tensor& out, const Tensor& x, const Tensor& y,
+                         std::array<int64_t, 2> kernel, std::array<int64_t, 2> stride, std::array<int64_t, 2> padding,
+                         bool count_include_pad, int64_t divisor, int threads) {
+  AvgPool2dParams p{};
+  p.layout = common_layout(op, x.dtype, {{"input", &x}, {"output", &y}});
+  p.n = x.shape[0], p.c = x.shape[1], p.h = x.shape[2], p.w = x.shape[3];
+  p.p = y.shape[2], p.q = y.shape[3];
+  expect_shape(op, {"output", &y}, {p.n, p.c, p.p, p.q});
+  p.kernel_h = kernel[0], p.kernel_w = kernel[1], p.stride_h = stride[0], p.stride_w = stride[1];
+  p.pad_h = padding[0], p.pad_w = padding[1];
+  CNNOPS_CHECK(p.kernel_h > 0 && p.kernel_w > 0 && p.stride_h > 0 && p.stride_w > 0, std::invalid_argument, op,
+               ": kernel_size and stride must be positive");
+  // Every window begins inside the image or its padding before it.
+  CNNOPS_CHECK(p.pad_h >= 0 && p.pad_w >= 0 && (p.p - 1) * p.stride_h < p.h + p.pad_h &&
+                   (p.q - 1) * p.stride_w < p.w + p.pad_w,
+               std::invalid_argument, op, ": an output of ", p.p, " x ", p.q, " is too large for the input");
+  p.count_include_pad = count_include_pad;
+  p.divisor = divisor;
+  p.in = in.data;
+  p.out = out.data;
+  p.threads = threads;
+  return p;
+}
+
+void forward(const Tensor& y, const Tensor& x, std::array<int64_t, 2> kernel_size, std::array<int64_t, 2> stride,
+             std::array<int64_t, 2> padding, bool count_include_pad, int64_t divisor, int threads, int kernel) {
+  run(table<AvgPool2dParams>(), "forward", x.dtype,
+      validate("avg_pool2d", x, y, x, y, kernel_size, stride, padding, count_include_pad, divisor, threads), kernel);
+}
+
+void backward(const Tensor& dx, const Tensor& dy, std::array<int64_t, 2> kernel_size, std::array<int64_t, 2> stride,
+              std::array<int64_t, 2> padding, bool count_include_pad, int64_t divisor, int threads, int kernel) {
+  run(table<AvgPool2dParams>(), "backward", dx.dtype,
+      validate("avg_pool2d_backward", dy, dx, dx, dy, kernel_size, stride, padding, count_include_pad, divisor, threads),
+      kernel);
+}
+
+}  // namespace
+
+void bind_avg_pool2d(py::module_& m) {
+  m.def("avg_pool2d_forward", &forward, "y"_a, "x"_a, "kernel_size"_a, "stride"_a, "padding"_a, "count_include_pad"_a,
+        "divisor"_a, "threads"_a, "kernel"_a = kSelect);
+  m.def("avg_pool2d_backward", &backward, "dx"_a, "dy"_a, "kernel_size"_a, "stride"_a, "padding"_a,
+        "count_include_pad"_a, "divisor"_a, "threads"_a, "kernel"_a = kSelect);
+}
+
+}  // namespace cnnops

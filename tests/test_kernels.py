@@ -1,0 +1,24 @@
+"""Every row of every kernel table, against the float64 oracles of ``references.py``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from references import PROBLEMS
+
+from cnnops._lib import C
+
+ROWS = C.kernels()
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda r: f"{r['isa']}-{r['function']}")
+def test_row_computes_what_the_oracle_says(row: dict) -> None:
+    if not row["usable"]:
+        pytest.skip(f"{row['isa']} cannot be used on this machine")
+    problems = PROBLEMS[row["op"], row["pass"]]
+    assert problems
+    for problem in problems:
+        try:
+            problem(getattr(torch, row["dtype"]), row["row"]).verify()
+        except AssertionError as error:
+            raise AssertionError(f"{getattr(problem, 'keywords', problem)}: {error}") from error

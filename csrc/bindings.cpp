@@ -1,6 +1,7 @@
 // The extension module cnnops._C: the ops' functions, the kernel tables and what is known about this CPU.
 #include <omp.h>
 
+#include "common/activation.h"
 #include "dispatch/op_table.h"
 
 namespace cnnops {
@@ -34,6 +35,7 @@ PYBIND11_MODULE(_C, m) {
   py::register_exception<TypeError>(m, "KernelTypeError", PyExc_TypeError);
   m.attr("__version__") = CNNOPS_VERSION;
   m.attr("compiler") = CNNOPS_COMPILER;
+  m.attr("activations") = std::vector<std::string>(kActivationNames, kActivationNames + kActivations);
   m.def("kernels", &kernels, "Every row of every kernel table.");
   m.def("isa_levels", &levels, "The instruction-set levels, lowest first, and why one cannot be used.");
   m.def("isa_limit", [] { return name(isa_limit()); }, "The highest level that kernels are chosen from.");

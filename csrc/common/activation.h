@@ -19,4 +19,9 @@ enum class Activation : uint8_t {
   gelu,        // z * (1 + erf(z / sqrt(2))) / 2
 };
 
+// In the enum's order: what Python calls them.
+constexpr const char* kActivationNames[] = {"none", "relu",     "relu6", "leaky_relu", "elu", "sigmoid",
+                                            "tanh", "softplus", "silu",  "hardswish",  "gelu"};
+constexpr int kActivations = sizeof kActivationNames / sizeof kActivationNames[0];
+
 }  // namespace cnnops

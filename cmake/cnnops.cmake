@@ -1,8 +1,8 @@
 # The only place with instruction-set and CUDA compile flags.
 #
 #   cnnops_add_module(<target> <sources>...)  the Python extension module
-#   cnnops_add_op(<op>)                       csrc/ops/<op>.cpp, csrc/reference/<op>.cpp, csrc/cpu/<op>.cpp once per
-#                                             instruction set, and csrc/cuda/<op>.cu in a CUDA build
+#   cnnops_add_op(<op> [CPU <names>...])      csrc/ops/<op>.cpp, csrc/reference/<op>.cpp, and csrc/cpu/<name>.cpp once per
+#                                             instruction set (<op>.cpp where no names are given)
 set(CMAKE_CXX_STANDARD 20)
 set(CMAKE_CXX_STANDARD_REQUIRED ON)
 set(CMAKE_CXX_EXTENSIONS ON)
@@ -68,9 +68,15 @@ function(cnnops_add_module target)
 endfunction()
 
 function(cnnops_add_op op)
+  cmake_parse_arguments(ARG "" "" "CPU" ${ARGN})
+  if(NOT ARG_CPU)
+    set(ARG_CPU ${op})
+  endif()
   target_sources(${CNNOPS_MODULE} PRIVATE csrc/ops/${op}.cpp)
   target_sources(cnnops_reference PRIVATE csrc/reference/${op}.cpp)
   foreach(isa ${CNNOPS_ISAS})
-    target_sources(cnnops_${isa} PRIVATE csrc/cpu/${op}.cpp)
+    foreach(source ${ARG_CPU})
+      target_sources(cnnops_${isa} PRIVATE csrc/cpu/${source}.cpp)
+    endforeach()
   endforeach()
 endfunction()

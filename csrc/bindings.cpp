@@ -7,6 +7,7 @@
 namespace cnnops {
 
 void bind_avg_pool2d(py::module_&);
+void bind_conv2d(py::module_&);
 
 namespace {
 
@@ -32,6 +33,7 @@ py::list levels() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Kernels of cnnops; use cnnops.functional and cnnops.nn instead.";
+  py::register_exception<NotApplicable>(m, "KernelNotApplicable", PyExc_ValueError);
   py::register_exception<TypeError>(m, "KernelTypeError", PyExc_TypeError);
   m.attr("__version__") = CNNOPS_VERSION;
   m.attr("compiler") = CNNOPS_COMPILER;
@@ -42,6 +44,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa_limit", &set_isa_limit, "level"_a, "Caps the level; an empty string removes the cap.");
   m.def("omp_max_threads", [] { return omp_get_max_threads(); });
   bind_avg_pool2d(m);
+  bind_conv2d(m);
 }
 
 }  // namespace cnnops

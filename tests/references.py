@@ -64,7 +64,8 @@ def randn(*shape: int, dtype: torch.dtype, format: str = "nchw") -> Tensor:
 
 def empty(*shape: int, dtype: torch.dtype, format: str = "nchw") -> Tensor:
     """An output, filled with a value that no test expects, so that an element left out is seen."""
-    return torch.full(shape, 1234.0, dtype=dtype).contiguous(memory_format=FORMATS[format])
+    out = torch.full(shape, 1234.0, dtype=dtype)
+    return out.contiguous(memory_format=FORMATS[format]) if out.dim() == 4 else out
 
 
 AVG_POOLS = (
@@ -110,3 +111,110 @@ def _avg_pool2d_backward() -> Iterator[Callable]:
         for shape in ((2, 3, 9, 11), (1, 37, 8, 8)):
             for pool in AVG_POOLS:
                 yield partial(run, format=format, shape=shape, pool=pool)
+
+
+# ---- Convolution -----------------------------------------------------------------------------------------------------
+
+# (x shape, K, (R, S), stride, padding, dilation, groups, P x Q may need more padding at the end)
+CONVOLUTIONS = (
+    dict(x=(2, 3, 11, 9), k=5, rs=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1),
+    dict(x=(1, 20, 13, 17), k=37, rs=(3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=1),
+    dict(x=(3, 8, 7, 7), k=70, rs=(1, 1), stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1),
+    dict(x=(2, 40, 14, 10), k=64, rs=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1),
+    dict(x=(2, 12, 12, 9), k=18, rs=(5, 3), stride=(3, 2), padding=(4, 3), dilation=(2, 1), groups=3),
+    dict(x=(1, 3, 32, 30), k=16, rs=(7, 7), stride=(2, 2), padding=(3, 3), dilation=(1, 1), groups=1),
+    dict(x=(1, 300, 5, 4), k=33, rs=(1, 1), stride=(2, 2), padding=(0, 0), dilation=(1, 1), groups=1),
+    dict(x=(2, 21, 12, 37), k=21, rs=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=21),
+    dict(x=(2, 33, 15, 14), k=33, rs=(5, 3), stride=(2, 2), padding=(2, 1), dilation=(1, 2), groups=33),
+    dict(x=(1, 6, 9, 40), k=6, rs=(7, 7), stride=(1, 3), padding=(3, 9), dilation=(1, 1), groups=6),
+    dict(x=(1, 4, 6, 6), k=8, rs=(3, 3), stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=4),
+    dict(x=(1, 2, 3, 5), k=3, rs=(2, 2), stride=(4, 5), padding=(1, 0), dilation=(1, 1), groups=1),
+)
+
+
+def _convolutions(run: Callable[..., Check], **variants: tuple) -> Iterator[Callable]:
+    """Every convolution in both layouts, with one value of each variant in turn."""
+    for i, conv in enumerate(CONVOLUTIONS):
+        for j, format in enumerate(FORMATS):
+            yield partial(run, conv=conv, format=format, **{k: v[(i + j) % len(v)] for k, v in variants.items()})
+
+
+def _conv_shapes(conv: dict) -> tuple[tuple[int, ...], tuple[int, ...], dict]:
+    """The weight's shape, y's shape, and the arguments of F.conv2d after the tensors."""
+    n, c, h, w = conv["x"]
+    arguments = {name: conv[name] for name in ("stride", "padding", "dilation", "groups")}
+    size = [
+        (length + 2 * pad - d * (taps - 1) - 1) // step + 1
+        for length, pad, d, taps, step in zip(
+            (h, w), conv["padding"], conv["dilation"], conv["rs"], conv["stride"], strict=True
+        )
+    ]
+    return (conv["k"], c // conv["groups"], *conv["rs"]), (n, conv["k"], *size), arguments
+
+
+ACTIVATED = (None, "relu", "gelu", "softplus", None, "hardswish", "leaky_relu", "tanh", "elu", "silu", "sigmoid", "relu6")
+
+
+@problem("conv2d", "forward")
+def _conv2d_forward() -> Iterator[Callable]:
+    from cnnops.ops import _activation
+
+    def run(dtype: torch.dtype, row: int, conv: dict, format: str, bias: bool, residual: bool, act: str | None) -> Check:
+        weight_shape, y_shape, arguments = _conv_shapes(conv)
+        x, weight = randn(*conv["x"], dtype=dtype, format=format), randn(*weight_shape, dtype=dtype, format=format)
+        b = torch.randn(conv["k"]).to(dtype) if bias else None
+        r = randn(*y_shape, dtype=dtype, format=format) if residual else None
+        y = empty(*y_shape, dtype=dtype, format=format)
+        C.conv2d_forward(y, x, weight, b, r, **arguments, activation=_activation.INDEX[act], threads=2, kernel=row)
+        expected = F.conv2d(x.double(), weight.double(), None if b is None else b.double(), **arguments)
+        magnitude = F.conv2d(x.double().abs(), weight.double().abs(), None if b is None else b.double().abs(), **arguments)
+        if r is not None:
+            expected, magnitude = expected + r.double(), magnitude + r.double().abs()
+        # No activation is steeper than 1.13 (gelu); theirs are a few roundings of their own.
+        return Check(y, _activation.apply(expected, _activation.INDEX[act]), 2 * magnitude)
+
+    yield from _convolutions(run, bias=(True, False, True), residual=(False, True, False, False), act=ACTIVATED)
+
+
+@problem("conv2d", "input_grad")
+def _conv2d_input_grad() -> Iterator[Callable]:
+    def run(dtype: torch.dtype, row: int, conv: dict, format: str, bias: bool) -> Check:
+        weight_shape, y_shape, arguments = _conv_shapes(conv)
+        weight, dy = randn(*weight_shape, dtype=dtype, format=format), randn(*y_shape, dtype=dtype, format=format)
+        b = torch.randn(conv["x"][1]).to(dtype) if bias else None
+        dx = empty(*conv["x"], dtype=dtype, format=format)
+        C.conv2d_input_grad(dx, dy, weight, b, **arguments, threads=2, kernel=row)
+        expected = torch.nn.grad.conv2d_input(conv["x"], weight.double(), dy.double(), **arguments)
+        magnitude = torch.nn.grad.conv2d_input(conv["x"], weight.double().abs(), dy.double().abs(), **arguments)
+        if b is not None:
+            expected, magnitude = expected + b.double()[:, None, None], magnitude + b.double().abs()[:, None, None]
+        return Check(dx, expected, magnitude)
+
+    yield from _convolutions(run, bias=(False, True, False))
+
+
+@problem("conv2d", "weight_grad")
+def _conv2d_weight_grad() -> Iterator[Callable]:
+    def run(dtype: torch.dtype, row: int, conv: dict, format: str, weight_format: str) -> Check:
+        weight_shape, y_shape, arguments = _conv_shapes(conv)
+        x, dy = randn(*conv["x"], dtype=dtype, format=format), randn(*y_shape, dtype=dtype, format=format)
+        dw = empty(*weight_shape, dtype=dtype, format=weight_format)
+        C.conv2d_weight_grad(dw, dy, x, **arguments, threads=2, kernel=row)
+        expected = torch.nn.grad.conv2d_weight(x.double(), weight_shape, dy.double(), **arguments)
+        magnitude = torch.nn.grad.conv2d_weight(x.double().abs(), weight_shape, dy.double().abs(), **arguments)
+        return Check(dw, expected, magnitude)
+
+    yield from _convolutions(run, weight_format=("nchw", "nhwc", "nchw"))
+
+
+@problem("conv2d", "bias_grad")
+def _conv2d_bias_grad() -> Iterator[Callable]:
+    def run(dtype: torch.dtype, row: int, shape: tuple[int, ...], format: str) -> Check:
+        dy = randn(*shape, dtype=dtype, format=format)
+        db = empty(shape[1], dtype=dtype)
+        C.conv2d_bias_grad(db, dy, threads=2, kernel=row)
+        return Check(db, dy.double().sum((0, 2, 3)), dy.double().abs().sum((0, 2, 3)))
+
+    for format in FORMATS:
+        for shape in ((2, 3, 9, 11), (1, 37, 20, 20), (3, 64, 1, 1)):
+            yield partial(run, shape=shape, format=format)

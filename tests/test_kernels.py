@@ -15,10 +15,13 @@ ROWS = C.kernels()
 def test_row_computes_what_the_oracle_says(row: dict) -> None:
     if not row["usable"]:
         pytest.skip(f"{row['isa']} cannot be used on this machine")
-    problems = PROBLEMS[row["op"], row["pass"]]
-    assert problems
-    for problem in problems:
+    applicable = 0
+    for problem in PROBLEMS[row["op"], row["pass"]]:
         try:
             problem(getattr(torch, row["dtype"]), row["row"]).verify()
+            applicable += 1
+        except C.KernelNotApplicable:
+            continue
         except AssertionError as error:
             raise AssertionError(f"{getattr(problem, 'keywords', problem)}: {error}") from error
+    assert applicable >= 3, "the row's kernel was given too few problems"

@@ -63,6 +63,11 @@ struct KernelInfo {
 
 constexpr int kSelect = -1;
 
+// A row was named that does not take the problem.
+struct NotApplicable : std::invalid_argument {
+  using std::invalid_argument::invalid_argument;
+};
+
 template <class Params>
 const KernelRow<Params>& select(std::span<const KernelRow<Params>> table, const char* pass, DType dtype,
                                 const Params& params, int row = kSelect) {
@@ -75,7 +80,7 @@ const KernelRow<Params>& select(std::span<const KernelRow<Params>> table, const 
                  " in ", name(dtype));
     CNNOPS_CHECK(usable(chosen.isa), std::runtime_error, "kernel: row ", row, " needs ", name(chosen.isa),
                  ", which cannot be used here");
-    CNNOPS_CHECK(chosen.accepts(params), std::invalid_argument, "kernel: ", chosen.function,
+    CNNOPS_CHECK(chosen.accepts(params), NotApplicable, "kernel: ", chosen.function,
                  " does not take this problem");
     return chosen;
   }

@@ -1,0 +1,630 @@
+// Dense and grouped convolution as a blocked matrix product over register tiles (micro/gemm_tile.h).
+//
+// forward and input_grad: the output of one lattice (conv2d_lattice.h), flattened over n, i, j, is cut into blocks of pixels
+// and blocks of output channels; a block is one task. A task walks over the reduction in chunks of about kChunk (tap,
+// channel) pairs: it packs the chunk's pixels into scratch that fits L2 (padding, strides and conversion happen there,
+// nowhere else) and runs register tiles over it, accumulating in a float32 (float64) block that also fits L2. Adding up
+// chunk by chunk keeps the rounding error of long reductions near that of one chunk.
+//   NCHW           tile rows = output channels (packed weights), columns = pixels
+//   channels_last  tile rows = pixels, columns = output channels (packed weights)
+// The weights are packed once per call. The last step adds bias and residual and applies the activation.
+//
+// weight_grad: tile rows = (channel, tap) pairs, read from a zero-padded strip of the input by an offset per row, columns =
+// output channels of dy; the reduction runs over pixels. Tasks are blocks of rows times slices of the images; the slices'
+// partial sums are added in order.
+//
+// All cuts depend on shapes alone, so results have the same bits for any number of threads.
+#include <omp.h>
+
+#include "cpu/conv2d_lattice.h"
+#include "cpu/micro/gemm_tile.h"
+#include "cpu/simd/activation.h"
+
+namespace cnnops::CNNOPS_ISA {
+namespace {
+
+constexpr int64_t kChunk = 256;          // reduction terms between two visits of the accumulators
+constexpr int64_t kBlockPixels = 192;    // with kChunk: 196 KB of packed float32 pixels
+constexpr int64_t kBlockFilters = 256;   // with kBlockPixels: 196 KB of accumulators
+constexpr int64_t kMinFilters = 64;      // smaller blocks would pack the same pixels too often
+constexpr int64_t kWantedTasks = 16;     // enough to balance a few threads; fixed, so that cuts do not depend on threads
+
+// One group of one lattice: everything the tasks read.
+template <class T>
+struct Problem {
+  using C = compute_t<T>;
+  Layout layout;
+  Lattice lattice;
+  const Tap* taps;
+  int64_t images, in_channels, out_channels;  // channels per group
+  int64_t in_h, in_w;
+  Strides in, out;
+  const T* input;
+  T* output;
+  const T* bias;
+  const T* residual;
+  Activation activation;
+
+  int64_t chunk_channels;  // channels of a chunk of the reduction
+  int64_t length() const { return in_channels * lattice.count; }
+  int64_t pixels() const { return images * lattice.rows * lattice.columns; }
+  int64_t block_pixels, block_filters;
+};
+
+// ---- Weights ---------------------------------------------------------------------------------------------------------
+// Packed as [panel][(chunk, tap, channel)][width]: panels of kTileRows output channels for NCHW, of up to kTileVecs vectors
+// for channels_last. A panel that begins at channel m lies at m * length; what is past the last channel is zero.
+
+template <class C>
+struct Panels {
+  int64_t count;
+  int64_t vectors;  // channels_last: of all output channels
+  Layout layout;
+
+  Panels(Layout layout, int64_t channels)
+      : count(layout == Layout::nchw ? ceil_div(channels, kTileRows)
+                                     : ceil_div(ceil_div(channels, lanes<C>), kTileVecs)),
+        vectors(ceil_div(channels, lanes<C>)), layout(layout) {}
+  int64_t begin(int64_t panel) const {
+    return layout == Layout::nchw ? panel * kTileRows : panel * vectors / count * lanes<C>;
+  }
+  int64_t width(int64_t panel) const { return begin(panel + 1) - begin(panel); }
+  int64_t channels() const { return begin(count); }
+};
+
+template <class T>
+void pack_weights(const Problem<T>& g, const T* weight, int64_t stride_m, int64_t stride_c, int64_t m0, int64_t width,
+                  compute_t<T>* packed) {
+  const int64_t filled = min64(width, g.out_channels - m0);
+  for (int64_t c0 = 0; c0 < g.in_channels; c0 += g.chunk_channels) {
+    const int64_t c1 = min64(c0 + g.chunk_channels, g.in_channels);
+    for (int64_t t = 0; t < g.lattice.count; ++t)
+      for (int64_t c = c0; c < c1; ++c, packed += width) {
+        const T* const source = weight + m0 * stride_m + c * stride_c + g.taps[t].weight;
+        for (int64_t i = 0; i < filled; ++i) packed[i] = load_scalar(source[i * stride_m]);
+        for (int64_t i = filled; i < width; ++i) packed[i] = 0;
+      }
+  }
+}
+
+// ---- Pixels ----------------------------------------------------------------------------------------------------------
+
+// A run of pixels of one lattice row within a block: pixels dst .. dst + length - 1 of the block.
+struct Run {
+  int64_t n, i, j, length, dst;
+};
+
+// Cuts pixels [begin, begin + count) into runs; also at multiples of `cut` from the block's begin. Returns their number.
+int64_t find_runs(int64_t rows, int64_t columns, int64_t begin, int64_t count, int64_t cut, Run* runs) {
+  int64_t found = 0;
+  for (int64_t at = 0; at < count;) {
+    const int64_t pixel = begin + at, line = pixel / columns, j = pixel % columns;
+    const int64_t length = min64(min64(columns - j, count - at), cut - at % cut);
+    runs[found++] = {line / rows, line % rows, j, length, at};
+    at += length;
+  }
+  return found;
+}
+
+template <class T>
+[[gnu::always_inline]] inline void copy_run(compute_t<T>* dst, const T* src, int64_t step, int64_t n) {
+  using C = compute_t<T>;
+  if (step == 1) {
+    int64_t i = 0;
+    for (; i + lanes<C> <= n; i += lanes<C>) store(dst + i, load(src + i));
+    if (i < n) store_n(dst + i, load_n(src + i, static_cast<int>(n - i)), static_cast<int>(n - i));
+    return;
+  }
+  for (int64_t i = 0; i < n; ++i) dst[i] = load_scalar(src[i * step]);
+}
+
+template <class C>
+[[gnu::always_inline]] inline void zero_run(C* dst, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) dst[i] = 0;
+}
+
+// NCHW: panels of kTileColumns pixels, [panel][(tap, channel)][column].
+template <class T>
+void pack_pixels_nchw(const Problem<T>& g, const Run* runs, int64_t run_count, int64_t pixels, int64_t c0, int64_t c1,
+                      compute_t<T>* packed) {
+  using C = compute_t<T>;
+  constexpr int64_t kColumns = kTileColumns<C>;
+  const int64_t channels = c1 - c0, terms = channels * g.lattice.count;
+  for (int64_t r = 0; r < run_count; ++r) {
+    const Run& run = runs[r];
+    C* const panel = packed + run.dst / kColumns * terms * kColumns + run.dst % kColumns;
+    // The last panel's unused columns are computed and thrown away; zeros keep them finite.
+    const int64_t tail = run.dst + run.length == pixels ? round_up(pixels, kColumns) - pixels : 0;
+    for (int64_t t = 0; t < g.lattice.count; ++t) {
+      const Tap& tap = g.taps[t];
+      const int64_t h = run.i * g.lattice.ish + tap.dh, w = run.j * g.lattice.isw + tap.dw;
+      Range valid = valid_range(run.length, g.lattice.isw, w, g.in_w);
+      if (h < 0 || h >= g.in_h) valid = {0, 0};
+      const T* src = g.input + run.n * g.in.n + c0 * g.in.c + h * g.in.h + w + valid.first * g.lattice.isw;
+      C* dst = panel + t * channels * kColumns;
+      if (valid.first == 0 && valid.last == run.length && tail == 0) {
+        for (int64_t c = 0; c < channels; ++c, src += g.in.c, dst += kColumns)
+          copy_run(dst, src, g.lattice.isw, run.length);
+        continue;
+      }
+      for (int64_t c = 0; c < channels; ++c, src += g.in.c, dst += kColumns) {
+        zero_run(dst, valid.first);
+        copy_run(dst + valid.first, src, g.lattice.isw, valid.last - valid.first);
+        zero_run(dst + valid.last, run.length - valid.last + tail);
+      }
+    }
+  }
+}
+
+// channels_last: [pixel][(tap, channel)].
+template <class T>
+void pack_pixels_nhwc(const Problem<T>& g, const Run* runs, int64_t run_count, int64_t c0, int64_t c1,
+                      compute_t<T>* packed) {
+  const int64_t channels = c1 - c0, terms = channels * g.lattice.count;
+  for (int64_t r = 0; r < run_count; ++r) {
+    const Run& run = runs[r];
+    for (int64_t t = 0; t < g.lattice.count; ++t) {
+      const Tap& tap = g.taps[t];
+      const int64_t h = run.i * g.lattice.ish + tap.dh;
+      compute_t<T>* dst = packed + run.dst * terms + t * channels;
+      for (int64_t j = 0; j < run.length; ++j, dst += terms) {
+        const int64_t w = (run.j + j) * g.lattice.isw + tap.dw;
+        if (h >= 0 && h < g.in_h && w >= 0 && w < g.in_w)
+          copy_run(dst, g.input + run.n * g.in.n + h * g.in.h + w * g.in.w + c0, 1, channels);
+        else
+          zero_run(dst, channels);
+      }
+    }
+  }
+}
+
+// ---- The last step ---------------------------------------------------------------------------------------------------
+
+// n accumulators + bias + residual, through the activation, to out[0], out[step], ... `bias_vector` has one per element.
+template <class T>
+void finish_row(const compute_t<T>* sums, int64_t n, compute_t<T> bias, const T* bias_vector, const T* residual,
+                Activation activation, T* out, int64_t step) {
+  using C = compute_t<T>;
+  for (int64_t i = 0; i < n; i += lanes<C>) {
+    const int part = static_cast<int>(min64(n - i, lanes<C>));
+    vec<C> z = load_n(sums + i, part) + bias;
+    if (bias_vector) z += load_n(bias_vector + i, part);
+    if (residual) z += load_n(residual + i, part);
+    if (activation != Activation::none) z = activate<C>(z, activation);
+    if (step == 1) {
+      store_n(out + i, z, part);
+    } else {
+      T buffer[lanes<C>];
+      store(buffer, z);
+      for (int j = 0; j < part; ++j) out[(i + j) * step] = buffer[j];
+    }
+  }
+}
+
+template <class T>
+void finish_block(const Problem<T>& g, int64_t begin, int64_t pixels, int64_t m0, int64_t m1, const compute_t<T>* sums,
+                  int64_t pitch, Run* runs) {
+  const Lattice& l = g.lattice;
+  const bool whole_planes = l.osh == 1 && l.osw == 1 && l.columns * l.rows * g.out.w == (g.layout == Layout::nchw ? g.out.c : g.out.n);
+  const int64_t rows = whole_planes ? 1 : l.rows, columns = whole_planes ? l.rows * l.columns : l.columns;
+  const int64_t run_count = find_runs(rows, columns, begin, pixels, pixels, runs);
+  for (int64_t r = 0; r < run_count; ++r) {
+    const Run& run = runs[r];
+    const int64_t at = run.n * g.out.n + (l.oh0 + run.i * l.osh) * g.out.h + (l.ow0 + run.j * l.osw) * g.out.w;
+    if (g.layout == Layout::nchw) {
+      for (int64_t m = m0; m < m1; ++m) {
+        const int64_t to = at + m * g.out.c;
+        finish_row<T>(sums + (m - m0) * pitch + run.dst, run.length, g.bias ? load_scalar(g.bias[m]) : 0, nullptr,
+                      g.residual ? g.residual + to : nullptr, g.activation, g.output + to, l.osw);
+      }
+    } else {
+      for (int64_t j = 0; j < run.length; ++j) {
+        const int64_t to = at + j * l.osw * g.out.w + m0;
+        finish_row<T>(sums + (run.dst + j) * pitch, m1 - m0, 0, g.bias ? g.bias + m0 : nullptr,
+                      g.residual ? g.residual + to : nullptr, g.activation, g.output + to, 1);
+      }
+    }
+  }
+}
+
+// ---- Tasks -----------------------------------------------------------------------------------------------------------
+
+// Computes pixels [begin, begin + pixels) of output channels [m0, m1); m0 begins a panel.
+template <class T>
+void compute_block(const Problem<T>& g, const Panels<compute_t<T>>& panels, const compute_t<T>* weights, int64_t begin,
+                   int64_t pixels, int64_t first_panel, int64_t last_panel, compute_t<T>* packed, compute_t<T>* sums) {
+  using C = compute_t<T>;
+  constexpr int64_t kColumns = kTileColumns<C>;
+  const bool nchw = g.layout == Layout::nchw;
+  const Lattice& l = g.lattice;
+  const int64_t m0 = panels.begin(first_panel), m1 = min64(panels.begin(last_panel), g.out_channels);
+  const int64_t length = g.length();
+  const int64_t pitch = nchw ? round_up(pixels, kColumns) : panels.begin(last_panel) - m0;
+  Run runs[kBlockPixels + kTileColumns<float>];
+  if (length == 0) {
+    zero_run(sums, nchw ? (m1 - m0) * pitch : pixels * pitch);
+    return finish_block(g, begin, pixels, m0, m1, sums, pitch, runs);
+  }
+  // A 1x1 convolution of step 1 in channels_last finds its pixels as the tiles want them.
+  const T* in_place = nullptr;
+  if constexpr (__is_same(T, C)) {
+    if (!nchw && l.count == 1 && l.ish == 1 && l.isw == 1 && g.taps[0].dh == 0 && g.taps[0].dw == 0 &&
+        l.columns == g.in_w && l.rows == g.in_h)
+      in_place = g.input + begin * g.in.w;
+  }
+  const int64_t run_count = in_place ? 0 : find_runs(l.rows, l.columns, begin, pixels, nchw ? kColumns : pixels, runs);
+  for (int64_t c0 = 0; c0 < g.in_channels; c0 += g.chunk_channels) {
+    const int64_t c1 = min64(c0 + g.chunk_channels, g.in_channels), terms = (c1 - c0) * l.count;
+    const bool add = c0 > 0;
+    if (nchw) {
+      pack_pixels_nchw(g, runs, run_count, pixels, c0, c1, packed);
+      for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+        const int64_t m = panels.begin(panel);
+        const PackedRows<C> rows{weights + m * length + c0 * l.count * kTileRows};
+        const int row_count = static_cast<int>(min64(kTileRows, m1 - m));
+        for (int64_t at = 0; at < pixels; at += kColumns) {
+          const int vecs = static_cast<int>(min64(kTileVecs, ceil_div(pixels - at, lanes<C>)));
+          gemm_tile<C>(row_count, vecs, rows, packed + at * terms, kColumns, terms, sums + (m - m0) * pitch + at, pitch, add);
+        }
+      }
+    } else {
+      if (!in_place) pack_pixels_nhwc(g, runs, run_count, c0, c1, packed);
+      for (int64_t at = 0; at < pixels; at += kTileRows) {
+        PitchedRows<C> rows{packed + at * terms, terms};
+        if constexpr (__is_same(T, C)) {
+          if (in_place) rows = {in_place + at * g.in.w + c0, g.in.w};
+        }
+        const int row_count = static_cast<int>(min64(kTileRows, pixels - at));
+        for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+          const int64_t m = panels.begin(panel), width = panels.width(panel);
+          gemm_tile<C>(row_count, static_cast<int>(width / lanes<C>), rows, weights + m * length + c0 * l.count * width,
+                       width, terms, sums + at * pitch + (m - m0), pitch, add);
+        }
+      }
+    }
+  }
+  finish_block(g, begin, pixels, m0, m1, sums, pitch, runs);
+}
+
+template <class T>
+void run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps, bool transposed) {
+  using C = compute_t<T>;
+  Problem<T> g{};
+  g.layout = p.layout;
+  g.lattice = lattice;
+  g.taps = taps;
+  g.images = p.n;
+  g.in_channels = (transposed ? p.k : p.c) / p.groups;
+  g.out_channels = (transposed ? p.c : p.k) / p.groups;
+  g.in_h = transposed ? p.p : p.h, g.in_w = transposed ? p.q : p.w;
+  g.in = strides_of(p.layout, transposed ? p.k : p.c, g.in_h, g.in_w);
+  g.out = transposed ? strides_of(p.layout, p.c, p.h, p.w) : strides_of(p.layout, p.k, p.p, p.q);
+  g.activation = p.activation;
+  if (g.pixels() == 0 || g.out_channels == 0) return;
+  // Rows that follow each other without a gap in both images are one row.
+  Tap flat;
+  if (lattice.count == 1 && lattice.ish == 1 && lattice.isw == 1 && lattice.osh == 1 && lattice.osw == 1 &&
+      taps[0].dh == 0 && taps[0].dw == 0 && lattice.rows == g.in_h && lattice.columns == g.in_w &&
+      g.in_h * g.in_w * g.out.w == (p.layout == Layout::nchw ? g.out.c : g.out.n)) {
+    flat = taps[0];
+    g.taps = &flat;
+    g.lattice.columns *= g.lattice.rows;
+    g.lattice.rows = 1;
+    g.in_w *= g.in_h;
+    g.in_h = 1;
+  }
+  const int64_t count = max64(lattice.count, 1);
+  const int64_t chunks = ceil_div(max64(g.in_channels * count, 1), kChunk);
+  g.chunk_channels = max64(1, ceil_div(g.in_channels, chunks));
+  const int64_t chunk_terms = g.chunk_channels * count;
+
+  const Panels<C> panels(p.layout, g.out_channels);
+  const int64_t length = g.length(), group_weights = panels.channels() * length;
+  const int64_t stride_m = p.weight_stride[transposed ? 1 : 0], stride_c = p.weight_stride[transposed ? 0 : 1];
+  const int64_t group_stride = p.k / p.groups * p.weight_stride[0];
+
+  // Blocks: as even as possible, and enough tasks to share out.
+  const int64_t pixels = g.pixels();
+  const int64_t grain = p.layout == Layout::nchw ? kTileColumns<C> : kTileRows;
+  const auto even = [](int64_t total, int64_t block, int64_t grain) {
+    return round_up(ceil_div(total, ceil_div(total, block)), grain);
+  };
+  int64_t block_pixels = even(pixels, kBlockPixels, grain);
+  int64_t pixel_blocks = ceil_div(pixels, block_pixels);
+  int64_t filter_blocks = ceil_div(g.out_channels, kBlockFilters);
+  while (pixel_blocks * filter_blocks * p.groups < kWantedTasks &&
+         ceil_div(g.out_channels, filter_blocks + 1) >= kMinFilters)
+    ++filter_blocks;
+  while (pixel_blocks * filter_blocks * p.groups < kWantedTasks && block_pixels > grain) {
+    block_pixels = round_up(block_pixels / 2, grain);
+    pixel_blocks = ceil_div(pixels, block_pixels);
+  }
+  filter_blocks = min64(filter_blocks, panels.count);
+
+  Scratch<C> packed_weights(group_weights * p.groups);
+  const int64_t pixel_columns = round_up(block_pixels, kTileColumns<C>);
+  const int64_t block_channels = ceil_div(panels.count, filter_blocks) * max64(kTileRows, kTileColumns<C>);
+  const int64_t packed_size = round_up(pixel_columns * chunk_terms, 64);
+  const int64_t thread_size = packed_size + round_up(pixel_columns * block_channels, 64);
+  const int threads = p.threads;
+  Scratch<C> scratch(thread_size * threads);
+  const int64_t tasks = pixel_blocks * filter_blocks * p.groups;
+#pragma omp parallel num_threads(threads)
+  {
+    if (length > 0) {
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < p.groups * panels.count; ++i) {
+        const int64_t group = i / panels.count, panel = i % panels.count, m0 = panels.begin(panel);
+        pack_weights(g, static_cast<const T*>(p.weight) + group * group_stride, stride_m, stride_c, m0,
+                     panels.width(panel), packed_weights.data + group * group_weights + m0 * length);
+      }
+    }
+    C* const packed = scratch.data + omp_get_thread_num() * thread_size;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < tasks; ++task) {
+      const int64_t filter_block = task % filter_blocks, rest = task / filter_blocks;
+      const int64_t group = rest % p.groups, begin = rest / p.groups * block_pixels;
+      Problem<T> mine = g;
+      mine.input = static_cast<const T*>(transposed ? p.y : p.x) + group * g.in_channels * g.in.c;
+      const int64_t first_channel = group * g.out_channels;
+      mine.output = static_cast<T*>(transposed ? p.x : p.y) + first_channel * g.out.c;
+      mine.residual = p.residual ? static_cast<const T*>(p.residual) + first_channel * g.out.c : nullptr;
+      mine.bias = p.bias ? static_cast<const T*>(p.bias) + first_channel : nullptr;
+      compute_block(mine, panels, packed_weights.data + group * group_weights, begin, min64(block_pixels, pixels - begin),
+                    panels.count * filter_block / filter_blocks, panels.count * (filter_block + 1) / filter_blocks, packed,
+                    packed + packed_size);
+    }
+  }
+}
+
+template <class T>
+void forward(const Conv2dParams& p) {
+  Scratch<Tap> taps(p.r * p.s);
+  forward_lattice(p, taps.data, [&](const Lattice& l, const Tap* t) { run_lattice<T>(p, l, t, false); });
+}
+
+template <class T>
+void input_grad(const Conv2dParams& p) {
+  Scratch<Tap> taps(p.r * p.s);
+  input_grad_lattices(p, taps.data, [&](const Lattice& l, const Tap* t) { run_lattice<T>(p, l, t, true); });
+}
+
+// ---- Gradient of the weights -----------------------------------------------------------------------------------------
+
+constexpr int64_t kGradPixels = 256;    // pixels of a chunk, at least one row
+constexpr int64_t kGradChannels = 64;   // input channels of a task
+constexpr int64_t kGradFilters = 192;   // output channels of a task: with the chunk, 196 KB of dy
+constexpr int64_t kMaxSlices = 32;
+
+struct GradPlan {
+  int64_t channels, filters;        // per task, at most
+  int64_t channel_blocks, filter_blocks, slices;
+  int64_t rows;                     // output rows of a chunk
+  int64_t chunks;                   // of all images
+  int64_t strip_rows, strip_columns;
+  int64_t terms;                    // channels per group * taps
+  int64_t filter_pitch;             // of a partial sum: output channels of a group, in whole vectors
+};
+
+template <class C>
+GradPlan plan_weight_grad(const Conv2dParams& p) {
+  GradPlan g{};
+  const int64_t group_c = p.c / p.groups, group_k = p.k / p.groups;
+  g.channel_blocks = ceil_div(group_c, kGradChannels);
+  g.channels = ceil_div(group_c, g.channel_blocks);
+  g.filter_pitch = round_up(group_k, lanes<C>);
+  g.filter_blocks = ceil_div(g.filter_pitch, kGradFilters);
+  g.filters = round_up(ceil_div(g.filter_pitch, g.filter_blocks), lanes<C>);
+  g.filter_blocks = ceil_div(g.filter_pitch, g.filters);
+  g.rows = min64(p.p, max64(1, kGradPixels / p.q));
+  g.chunks = p.n * ceil_div(p.p, g.rows);
+  g.strip_rows = (g.rows - 1) * p.stride_h + (p.r - 1) * p.dilation_h + 1;
+  g.strip_columns = (p.q - 1) * p.stride_w + (p.s - 1) * p.dilation_w + 1;
+  g.terms = group_c * p.r * p.s;
+  const int64_t tasks = g.channel_blocks * g.filter_blocks * p.groups;
+  g.slices = min64(min64(ceil_div(kWantedTasks, tasks), g.chunks), kMaxSlices);
+  return g;
+}
+
+// Output rows [row, row + rows) of image n: the input they see, zero-padded, as [channel][strip row][strip column] (NCHW) or
+// [strip row][strip column][channel].
+template <class T>
+void copy_strip(const Conv2dParams& p, const GradPlan& g, int64_t n, int64_t row, int64_t c0, int64_t channels,
+                compute_t<T>* strip) {
+  using C = compute_t<T>;
+  const Strides in = strides_of(p.layout, p.c, p.h, p.w);
+  const T* const image = static_cast<const T*>(p.x) + n * in.n + c0 * in.c;
+  const int64_t h0 = row * p.stride_h - p.pad_h;
+  const Range valid = valid_range(g.strip_columns, 1, -p.pad_w, p.w);
+  if (p.layout == Layout::nchw) {
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t i = 0; i < g.strip_rows; ++i, strip += g.strip_columns) {
+        const int64_t h = h0 + i;
+        if (h < 0 || h >= p.h) {
+          zero_run(strip, g.strip_columns);
+          continue;
+        }
+        zero_run(strip, valid.first);
+        copy_run(strip + valid.first, image + c * in.c + h * in.h - p.pad_w + valid.first, 1, valid.last - valid.first);
+        zero_run(strip + valid.last, g.strip_columns - valid.last);
+      }
+    return;
+  }
+  for (int64_t i = 0; i < g.strip_rows; ++i)
+    for (int64_t j = 0; j < g.strip_columns; ++j, strip += channels) {
+      const int64_t h = h0 + i;
+      if (h < 0 || h >= p.h || j < valid.first || j >= valid.last)
+        zero_run<C>(strip, channels);
+      else
+        copy_run(strip, image + h * in.h + (j - p.pad_w) * in.w, 1, channels);
+    }
+}
+
+// dy of the same rows as [pixel][filter], filters up to a whole number of vectors with zeros.
+template <class T>
+void copy_filters(const Conv2dParams& p, int64_t n, int64_t row, int64_t rows, int64_t k0, int64_t filters, int64_t pitch,
+                  compute_t<T>* out) {
+  using C = compute_t<T>;
+  const int64_t pixels = rows * p.q;
+  const Strides dy = strides_of(p.layout, p.k, p.p, p.q);
+  const T* const source = static_cast<const T*>(p.y) + n * dy.n + row * dy.h + k0 * dy.c;
+  if (p.layout == Layout::nhwc) {
+    for (int64_t i = 0; i < pixels; ++i, out += pitch) {
+      copy_run(out, source + i * dy.w, 1, filters);
+      zero_run<C>(out + filters, pitch - filters);
+    }
+    return;
+  }
+  // A transposition, in blocks of 8 filters by 8 pixels so that both sides are touched by whole cache lines.
+  constexpr int64_t kBlock = 8;
+  for (int64_t i0 = 0; i0 < pixels; i0 += kBlock)
+    for (int64_t k = 0; k < pitch; k += kBlock)
+      for (int64_t i = i0; i < min64(i0 + kBlock, pixels); ++i)
+        for (int64_t kk = k; kk < min64(k + kBlock, pitch); ++kk)
+          out[i * pitch + kk] = kk < filters ? load_scalar(source[kk * dy.c + i]) : C{0};
+}
+
+template <class T>
+void weight_grad(const Conv2dParams& p) {
+  using C = compute_t<T>;
+  const int64_t group_c = p.c / p.groups, group_k = p.k / p.groups, taps = p.r * p.s;
+  T* const dw = static_cast<T*>(p.weight);
+  if (group_c == 0 || group_k == 0) return;
+  if (p.n * p.p * p.q == 0) {
+    for (int64_t k = 0; k < p.k; ++k)
+      for (int64_t c = 0; c < group_c; ++c)
+        for (int64_t t = 0; t < taps; ++t)
+          store_scalar(dw + k * p.weight_stride[0] + c * p.weight_stride[1] + t / p.s * p.weight_stride[2] +
+                           t % p.s * p.weight_stride[3],
+                       C{0});
+    return;
+  }
+  const GradPlan g = plan_weight_grad<C>(p);
+  // Partial sums: [slice][group][(channel, tap)][filter].
+  const int64_t group_size = g.terms * g.filter_pitch, slice_size = group_size * p.groups;
+  Scratch<C> partial(g.slices * slice_size);
+  const int64_t strip_size = round_up(g.strip_rows * g.strip_columns * g.channels, 64);
+  const int64_t filters_size = round_up(g.rows * p.q * g.filters, 64);
+  const int64_t offset_count = round_up(g.channels * taps, kTileRows);
+  Scratch<C> scratch((strip_size + filters_size) * p.threads);
+  Scratch<int64_t> offsets(offset_count * p.threads);
+  const int64_t tasks = g.slices * p.groups * g.channel_blocks * g.filter_blocks;
+  const int64_t row_chunks = ceil_div(p.p, g.rows);
+#pragma omp parallel num_threads(p.threads)
+  {
+    C* const strip = scratch.data + omp_get_thread_num() * (strip_size + filters_size);
+    C* const filters = strip + strip_size;
+    int64_t* const offset = offsets.data + omp_get_thread_num() * offset_count;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < tasks; ++task) {
+      int64_t rest = task;
+      const int64_t filter_block = rest % g.filter_blocks;
+      rest /= g.filter_blocks;
+      const int64_t channel_block = rest % g.channel_blocks;
+      rest /= g.channel_blocks;
+      const int64_t group = rest % p.groups, slice = rest / p.groups;
+      const int64_t c0 = channel_block * g.channels, channels = min64(g.channels, group_c - c0);
+      const int64_t k0 = filter_block * g.filters, pitch = min64(g.filters, g.filter_pitch - k0);
+      const bool nchw = p.layout == Layout::nchw;
+      const int64_t step_c = nchw ? g.strip_rows * g.strip_columns : 1;
+      const int64_t step_w = nchw ? 1 : channels, step_h = g.strip_columns * step_w;
+      const int64_t terms = channels * taps;
+      for (int64_t i = 0; i < terms; ++i)
+        offset[i] = i / taps * step_c + i % taps / p.s * p.dilation_h * step_h + i % taps % p.s * p.dilation_w * step_w;
+      C* const sums = partial.data + slice * slice_size + group * group_size + c0 * taps * g.filter_pitch + k0;
+      const int64_t first = g.chunks * slice / g.slices, last = g.chunks * (slice + 1) / g.slices;
+      for (int64_t chunk = first; chunk < last; ++chunk) {
+        const int64_t n = chunk / row_chunks, row = chunk % row_chunks * g.rows, rows = min64(g.rows, p.p - row);
+        copy_strip<T>(p, g, n, row, group * group_c + c0, channels, strip);
+        copy_filters<T>(p, n, row, rows, group * group_k + k0, min64(pitch, group_k - k0), pitch, filters);
+        for (int64_t k = 0; k < pitch; k += kTileColumns<C>) {
+          const int vecs = static_cast<int>(min64(kTileVecs, (pitch - k) / lanes<C>));
+          for (int64_t i = 0; i < terms; i += kTileRows) {
+            const int tile_rows = static_cast<int>(min64(kTileRows, terms - i));
+            for (int64_t r = 0; r < rows; ++r) {
+              const OffsetRows<C> pixels{strip + r * p.stride_h * step_h, offset + i, p.stride_w * step_w};
+              gemm_tile<C>(tile_rows, vecs, pixels, filters + r * p.q * pitch + k, pitch, p.q,
+                           sums + i * g.filter_pitch + k, g.filter_pitch, chunk > first || r > 0);
+            }
+          }
+        }
+      }
+    }
+    // The slices, in order.
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < p.groups * g.terms; ++i) {
+      const int64_t group = i / g.terms, c = i % g.terms / taps, t = i % taps;
+      const C* const sums = partial.data + i * g.filter_pitch;
+      T* const to = dw + group * group_k * p.weight_stride[0] + c * p.weight_stride[1] + t / p.s * p.weight_stride[2] +
+                    t % p.s * p.weight_stride[3];
+      for (int64_t k = 0; k < group_k; ++k) {
+        C sum = sums[k];
+        for (int64_t slice = 1; slice < g.slices; ++slice) sum += sums[slice * slice_size + k];
+        store_scalar(to + k * p.weight_stride[0], sum);
+      }
+    }
+  }
+}
+
+// ---- Gradient of the bias --------------------------------------------------------------------------------------------
+
+// Sums in float64: 16 images of 112x112 pixels are 200,000 terms.
+template <class T>
+void bias_grad(const Conv2dParams& p) {
+  using C = compute_t<T>;
+  const T* const dy = static_cast<const T*>(p.y);
+  T* const db = static_cast<T*>(p.bias);
+  const int64_t plane = p.p * p.q;
+  if (p.layout == Layout::nchw) {
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+    for (int64_t k = 0; k < p.k; ++k) {
+      double total = 0;
+      for (int64_t n = 0; n < p.n; ++n) {
+        const T* const source = dy + (n * p.k + k) * plane;
+        for (int64_t i0 = 0; i0 < plane; i0 += 64 * lanes<C>) {
+          const int64_t i1 = min64(i0 + 64 * lanes<C>, plane);
+          vec<C> sum = {};
+          for (int64_t i = i0; i < i1; i += lanes<C>) sum += load_n(source + i, static_cast<int>(min64(i1 - i, lanes<C>)));
+          for (int j = 0; j < lanes<C>; ++j) total += sum[j];
+        }
+      }
+      store_scalar(db + k, static_cast<C>(total));
+    }
+    return;
+  }
+  // channels_last: slices of pixels, each of its own partial sums.
+  const int64_t pixels = p.n * plane, slices = max64(1, min64(64, pixels / 64));
+  Scratch<double> partial(slices * p.k);
+#pragma omp parallel num_threads(p.threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t slice = 0; slice < slices; ++slice) {
+      double* const total = partial.data + slice * p.k;
+      for (int64_t k = 0; k < p.k; ++k) total[k] = 0;
+      const int64_t last = pixels * (slice + 1) / slices;
+      for (int64_t i0 = pixels * slice / slices; i0 < last; i0 += 64) {
+        const int64_t i1 = min64(i0 + 64, last);
+        for (int64_t k = 0; k < p.k; k += lanes<C>) {
+          const int part = static_cast<int>(min64(p.k - k, lanes<C>));
+          vec<C> sum = {};
+          for (int64_t i = i0; i < i1; ++i) sum += load_n(dy + i * p.k + k, part);
+          for (int j = 0; j < part; ++j) total[k + j] += sum[j];
+        }
+      }
+    }
+#pragma omp for schedule(static)
+    for (int64_t k = 0; k < p.k; ++k) {
+      double total = 0;
+      for (int64_t slice = 0; slice < slices; ++slice) total += partial.data[slice * p.k + k];
+      store_scalar(db + k, static_cast<C>(total));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace cnnops::CNNOPS_ISA
+
+CNNOPS_EXPORT(conv2d_forward, Conv2dParams, forward)
+CNNOPS_EXPORT(conv2d_input_grad, Conv2dParams, input_grad)
+CNNOPS_EXPORT(conv2d_weight_grad, Conv2dParams, weight_grad)
+CNNOPS_EXPORT(conv2d_bias_grad, Conv2dParams, bias_grad)

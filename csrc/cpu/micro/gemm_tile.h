@@ -1,0 +1,100 @@
+// The inner loop of every dense convolution pass: a register tile of kRows x kVecs vectors,
+//
+//   c[i][:] (+)= sum over kk < len of a(i, kk) * b[kk][:]
+//
+// where a is broadcast and b is a panel of contiguous vectors. Three ways to read `a` serve all passes:
+//   PackedRows    a(i, kk) = base[kk * kStride + i]       weights packed for NCHW outputs
+//   PitchedRows   a(i, kk) = base[i * pitch + kk]         pixels of channels_last images
+//   OffsetRows    a(i, kk) = base[offset[i] + kk * step]  (tap, channel) pairs of an image strip, for weight gradients
+//
+// The tile is as large as the registers allow: kTileRows * kTileVecs accumulators, kTileVecs loads of b and one broadcast.
+#pragma once
+
+#include "cpu/simd/vec.h"
+
+namespace cnnops::CNNOPS_ISA {
+namespace {
+
+#if CNNOPS_ISA_avx512
+constexpr int kTileRows = 8, kTileVecs = 3;  // 24 of 32 registers
+#elif CNNOPS_ISA_avx2
+constexpr int kTileRows = 6, kTileVecs = 2;  // 12 of 16 registers
+#else
+constexpr int kTileRows = 6, kTileVecs = 2;
+#endif
+template <class C>
+constexpr int kTileColumns = kTileVecs * lanes<C>;
+
+template <class C>
+struct PackedRows {
+  const C* base;
+  [[gnu::always_inline]] C at(int i, int64_t kk) const { return base[kk * kTileRows + i]; }
+};
+template <class C>
+struct PitchedRows {
+  const C* base;
+  int64_t pitch;
+  [[gnu::always_inline]] C at(int i, int64_t kk) const { return base[i * pitch + kk]; }
+};
+template <class C>
+struct OffsetRows {
+  const C* base;
+  const int64_t* offset;
+  int64_t step;
+  [[gnu::always_inline]] C at(int i, int64_t kk) const { return base[offset[i] + kk * step]; }
+};
+
+// b advances by b_step from one kk to the next; c is [kRows][ldc]. Without `add`, c is overwritten.
+template <int kRows, int kVecs, class C, class Rows>
+void gemm_tile(const Rows a, const C* b, int64_t b_step, int64_t len, C* c, int64_t ldc, bool add) {
+  vec<C> sum[kRows][kVecs];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) sum[i][v] = add ? load(c + i * ldc + v * lanes<C>) : vec<C>{};
+  for (int64_t kk = 0; kk < len; ++kk, b += b_step) {
+    vec<C> bv[kVecs];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) bv[v] = load(b + v * lanes<C>);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const vec<C> av = vec<C>{} + a.at(i, kk);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) sum[i][v] += av * bv[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) store(c + i * ldc + v * lanes<C>, sum[i][v]);
+}
+
+// The tile for 1 <= rows <= kTileRows and 1 <= vecs <= kTileVecs.
+template <class C, class Rows>
+void gemm_tile(int rows, int vecs, const Rows& a, const C* b, int64_t b_step, int64_t len, C* c, int64_t ldc, bool add) {
+#define CNNOPS_TILE(r, v) \
+  case r * 4 + v: return gemm_tile<r, v>(a, b, b_step, len, c, ldc, add);
+#if CNNOPS_ISA_avx512
+#define CNNOPS_TILES(r) CNNOPS_TILE(r, 1) CNNOPS_TILE(r, 2) CNNOPS_TILE(r, 3)
+#else
+#define CNNOPS_TILES(r) CNNOPS_TILE(r, 1) CNNOPS_TILE(r, 2)
+#endif
+  switch (rows * 4 + vecs) {
+    CNNOPS_TILES(1)
+    CNNOPS_TILES(2)
+    CNNOPS_TILES(3)
+    CNNOPS_TILES(4)
+    CNNOPS_TILES(5)
+    CNNOPS_TILES(6)
+#if CNNOPS_ISA_avx512
+    CNNOPS_TILES(7)
+    CNNOPS_TILES(8)
+#endif
+    default: __builtin_unreachable();
+  }
+#undef CNNOPS_TILES
+#undef CNNOPS_TILE
+}
+
+}  // namespace
+}  // namespace cnnops::CNNOPS_ISA

@@ -1,0 +1,116 @@
+#include "ops/conv2d.h"
+
+#include "dispatch/op_table.h"
+
+namespace cnnops {
+namespace {
+
+bool is_depthwise(const Conv2dParams& p) { return p.groups == p.c && p.k == p.c; }
+
+}  // namespace
+
+#define CNNOPS_OP "conv2d"
+#define CNNOPS_PARAMS Conv2dParams
+#define CNNOPS_TABLE "ops/conv2d.inc"
+#include "dispatch/define_table.h"
+
+namespace {
+
+using Pair = std::array<int64_t, 2>;
+
+struct Geometry {
+  Pair stride, padding, dilation;
+  int64_t groups;
+};
+
+Conv2dParams validate(const char* op, const Tensor& x, const Tensor& weight, const Tensor& y, const Geometry& g,
+                      int threads) {
+  Conv2dParams p{};
+  p.layout = common_layout(op, x.dtype, {{"input", &x}, {"output", &y}});
+  CNNOPS_CHECK(weight.device == Device::cpu && weight.dtype == x.dtype && weight.ndim == 4, std::runtime_error, op,
+               ": expected weight in ", name(x.dtype), " with 4 dimensions on the CPU, but it is ",
+               shape_text(weight), " in ", name(weight.dtype));
+  p.n = x.shape[0], p.c = x.shape[1], p.h = x.shape[2], p.w = x.shape[3];
+  p.k = weight.shape[0], p.r = weight.shape[2], p.s = weight.shape[3];
+  p.p = y.shape[2], p.q = y.shape[3];
+  p.groups = g.groups;
+  CNNOPS_CHECK(p.groups > 0 && p.c % p.groups == 0 && p.k % p.groups == 0, std::runtime_error, op, ": groups of ",
+               p.groups, " do not divide ", p.c, " input and ", p.k, " output channels");
+  expect_shape(op, {"weight", &weight}, {p.k, p.c / p.groups, p.r, p.s});
+  expect_shape(op, {"output", &y}, {p.n, p.k, p.p, p.q});
+  p.stride_h = g.stride[0], p.stride_w = g.stride[1];
+  p.pad_h = g.padding[0], p.pad_w = g.padding[1];
+  p.dilation_h = g.dilation[0], p.dilation_w = g.dilation[1];
+  CNNOPS_CHECK(p.r > 0 && p.s > 0 && p.stride_h > 0 && p.stride_w > 0 && p.dilation_h > 0 && p.dilation_w > 0,
+               std::invalid_argument, op, ": kernel size, stride and dilation must be positive");
+  CNNOPS_CHECK(p.pad_h >= 0 && p.pad_w >= 0, std::invalid_argument, op, ": padding must not be negative");
+  for (int i = 0; i < 4; ++i) p.weight_stride[i] = weight.stride[i];
+  p.x = x.data;
+  p.weight = weight.data;
+  p.y = y.data;
+  p.threads = threads;
+  return p;
+}
+
+void* optional_vector(const char* op, const char* argument, const std::optional<Tensor>& t, DType dtype, int64_t size) {
+  if (!t) return nullptr;
+  expect_contiguous(op, {argument, &*t}, dtype, {size});
+  return t->data;
+}
+
+void forward(const Tensor& y, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+             const std::optional<Tensor>& residual, Pair stride, Pair padding, Pair dilation, int64_t groups,
+             int activation, int threads, int kernel) {
+  constexpr const char* kOp = "conv2d";
+  Conv2dParams p = validate(kOp, x, weight, y, {stride, padding, dilation, groups}, threads);
+  p.bias = optional_vector(kOp, "bias", bias, x.dtype, p.k);
+  if (residual) {
+    p.layout = common_layout(kOp, x.dtype, {{"input", &x}, {"output", &y}, {"residual", &*residual}});
+    expect_shape(kOp, {"residual", &*residual}, {p.n, p.k, p.p, p.q});
+    p.residual = residual->data;
+  }
+  CNNOPS_CHECK(activation >= 0 && activation <= static_cast<int>(Activation::gelu), std::invalid_argument, kOp,
+               ": activation ", activation, " does not exist");
+  p.activation = static_cast<Activation>(activation);
+  run(table<Conv2dParams>(), "forward", x.dtype, p, kernel);
+}
+
+void input_grad(const Tensor& dx, const Tensor& dy, const Tensor& weight, const std::optional<Tensor>& bias, Pair stride,
+                Pair padding, Pair dilation, int64_t groups, int threads, int kernel) {
+  constexpr const char* kOp = "conv2d_input_grad";
+  Conv2dParams p = validate(kOp, dx, weight, dy, {stride, padding, dilation, groups}, threads);
+  p.bias = optional_vector(kOp, "bias", bias, dx.dtype, p.c);
+  run(table<Conv2dParams>(), "input_grad", dx.dtype, p, kernel);
+}
+
+void weight_grad(const Tensor& dw, const Tensor& dy, const Tensor& x, Pair stride, Pair padding, Pair dilation,
+                 int64_t groups, int threads, int kernel) {
+  const Conv2dParams p =
+      validate("conv2d_weight_grad", x, dw, dy, {stride, padding, dilation, groups}, threads);
+  run(table<Conv2dParams>(), "weight_grad", x.dtype, p, kernel);
+}
+
+void bias_grad(const Tensor& db, const Tensor& dy, int threads, int kernel) {
+  Conv2dParams p{};
+  p.layout = common_layout("conv2d_bias_grad", dy.dtype, {{"output gradient", &dy}});
+  p.n = dy.shape[0], p.k = dy.shape[1], p.p = dy.shape[2], p.q = dy.shape[3];
+  expect_contiguous("conv2d_bias_grad", {"bias gradient", &db}, dy.dtype, {p.k});
+  p.y = dy.data;
+  p.bias = db.data;
+  p.threads = threads;
+  run(table<Conv2dParams>(), "bias_grad", dy.dtype, p, kernel);
+}
+
+}  // namespace
+
+void bind_conv2d(py::module_& m) {
+  m.def("conv2d_forward", &forward, "y"_a, "x"_a, "weight"_a, "bias"_a, "residual"_a, "stride"_a, "padding"_a,
+        "dilation"_a, "groups"_a, "activation"_a, "threads"_a, "kernel"_a = kSelect);
+  m.def("conv2d_input_grad", &input_grad, "dx"_a, "dy"_a, "weight"_a, "bias"_a, "stride"_a, "padding"_a, "dilation"_a,
+        "groups"_a, "threads"_a, "kernel"_a = kSelect);
+  m.def("conv2d_weight_grad", &weight_grad, "dw"_a, "dy"_a, "x"_a, "stride"_a, "padding"_a, "dilation"_a, "groups"_a,
+        "threads"_a, "kernel"_a = kSelect);
+  m.def("conv2d_bias_grad", &bias_grad, "db"_a, "dy"_a, "threads"_a, "kernel"_a = kSelect);
+}
+
+}  // namespace cnnops

@@ -1,3 +1,4 @@
 """The operators, one file each; importing this package registers ``torch.ops.cnnops.*``."""
 
-from .avg_pool2d import avg_pool2d as avg_pool2d
+from . import avg_pool2d as avg_pool2d
+from . import conv2d as conv2d

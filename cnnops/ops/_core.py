@@ -24,6 +24,7 @@ from torch import Tensor
 from torch._C import _functorch  # type: ignore[attr-defined]
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import register_flop_formula
 
 from .._lib import C
 
@@ -46,6 +47,7 @@ class Operator:
             functions only (other operators' functions), which makes higher derivatives right. None: not differentiable.
         foldable: positions of the tensor arguments that share the batch dimension N with every result, when vmap may
             fold its dimension into N; other arguments must not be batched then. vmap loops otherwise.
+        autocast: positions of the tensors that autocast casts to its dtype; none: autocast leaves the operator alone.
         flops: the number of floating-point operations from the arguments' shapes, for ``FlopCounterMode``.
     """
 
@@ -58,6 +60,7 @@ class Operator:
         setup_context: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
         backward: Callable[..., Any] | None = None,
         foldable: Sequence[int] = (),
+        autocast: Sequence[int] = (),
         flops: Callable[..., int] | None = None,
     ) -> None:
         self.name = schema.split("(", 1)[0]
@@ -75,8 +78,10 @@ class Operator:
             self.function = _eager_function(self.name, kernel, setup_context, backward)
         self.transformed = _functorch_function(self, setup_context, backward)
         torch.library.register_vmap(qualified, self._vmap, lib=LIBRARY)
+        if autocast:
+            LIBRARY.impl(self.name, _autocasting(self, tuple(autocast)), "AutocastCPU")
         if flops is not None:
-            torch.utils.flop_counter.register_flop_formula(getattr(torch.ops.cnnops, self.name))(flops)
+            register_flop_formula(getattr(torch.ops.cnnops, self.name))(flops)
         OPERATORS[self.name] = self
 
     def __call__(self, *args: Any) -> Any:
@@ -139,6 +144,21 @@ def _functorch_function(
         "vmap": op._vmap,
     }
     return type(op.name, (torch.autograd.Function,), {k: staticmethod(v) for k, v in members.items()})
+
+
+def _autocasting(op: Operator, positions: tuple[int, ...]) -> Callable[..., Any]:
+    """The operator's rule for autocast on the CPU: float32 tensors at these positions go to autocast's dtype."""
+
+    def rule(*args: Any) -> Any:
+        dtype = torch.get_autocast_dtype("cpu")
+        cast = [
+            a.to(dtype) if i in positions and isinstance(a, Tensor) and a.dtype in KERNEL_DTYPES - {torch.float64} else a
+            for i, a in enumerate(args)
+        ]
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)):
+            return op.public(*cast)
+
+    return rule
 
 
 def _plain(args: tuple[Any, ...]) -> bool:

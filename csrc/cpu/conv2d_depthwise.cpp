@@ -2,9 +2,7 @@
 //
 // channels_last: vectors of channels; one output row of one lattice (conv2d_lattice.h) at a time, four pixels together where
 // all taps lie inside the image, so that a weight is loaded once for four products.
-// NCHW: vectors of pixels; one plane (n, c) at a time, whose rows are first copied into a zero-padded buffer split by the
-// column's phase modulo the stride, which makes every tap a contiguous load. input_grad spreads dy's columns by the stride
-// instead (zeros between them) and skips the rows that no window reaches.
+// NCHW: vectors of pixels; one plane (n, c) at a time, copied into scratch where every tap is one contiguous stretch.
 //
 // Tasks are output rows, planes, channels (weight_grad, NCHW) or slices of rows (weight_grad, channels_last, whose partial
 // sums are added in order): cut by shape alone.
@@ -209,240 +207,217 @@ void weight_grad_nhwc(const Conv2dParams& p) {
 
 // ---- NCHW ------------------------------------------------------------------------------------------------------------
 
-// A plane's rows, zero-padded and split by column phase: column w of a row lies at (w + pad) % step * phase + (w + pad) / step.
-struct PlaneLayout {
-  int64_t pad, step, phase, pitch;
+// A plane of the input as the taps of one lattice want it. Rows and columns are split by their phase modulo the lattice's
+// input step, and zero-padded, so that the pixels i*ish + dh[t], j*isw + dw[t] of tap t for all (i, j) of the lattice lie at
+//   base(t) + i * pitch + j,
+// one contiguous stretch per tap: small images fill vectors across their rows. Columns from the lattice's width up to the
+// pitch are computed and thrown away.
+template <class C>
+struct Plane {
+  int64_t top, left;                   // image pixel (h, w) is row h + top, column w + left of the padded plane
+  int64_t step_h, step_w;
+  int64_t pitch, phase_h, phase_w;     // elements from row to row of a phase, and from phase to phase
+  int64_t pixels;                      // of the lattice, flattened: rows * pitch
+  int64_t size;
+
+  Plane(const Lattice& l, const Tap* taps, int64_t in_h, int64_t in_w) : step_h(l.ish), step_w(l.isw) {
+    int64_t h0 = 0, h1 = 0, w0 = 0, w1 = 0;
+    for (int64_t t = 0; t < l.count; ++t) {
+      h0 = min64(h0, taps[t].dh), h1 = max64(h1, taps[t].dh);
+      w0 = min64(w0, taps[t].dw), w1 = max64(w1, taps[t].dw);
+    }
+    top = -h0, left = -w0;
+    const int64_t rows = max64((l.rows - 1) * l.ish + h1, in_h - 1) + top + 1;
+    const int64_t columns = max64((l.columns - 1) * l.isw + w1, in_w - 1) + left + 1;
+    pitch = ceil_div(columns, l.isw);
+    phase_w = ceil_div(rows, l.ish) * pitch + kPixels * lanes<C>;
+    phase_h = phase_w * l.isw;
+    pixels = l.rows * pitch;
+    size = round_up(phase_h * l.ish, 64);
+  }
+  int64_t at(int64_t row, int64_t column) const {
+    return row % step_h * phase_h + column % step_w * phase_w + row / step_h * pitch + column / step_w;
+  }
+  int64_t base(const Tap& tap) const { return at(tap.dh + top, tap.dw + left); }
 };
 
+// Copies an image into its plane, whose padding is zero already.
+template <class T>
+void copy_plane(const T* image, int64_t h, int64_t w, const Plane<compute_t<T>>& plane, compute_t<T>* to) {
+  using C = compute_t<T>;
+  for (int64_t i = 0; i < h; ++i, image += w) {
+    for (int64_t f = 0; f < min64(plane.step_w, w); ++f) {
+      C* const row = to + plane.at(i + plane.top, f + plane.left);
+      if (plane.step_w == 1) {
+        for (int64_t j = 0; j < w; j += lanes<C>) {
+          const int part = static_cast<int>(min64(w - j, lanes<C>));
+          store_n(row + j, load_n(image + j, part), part);
+        }
+      } else {
+        for (int64_t j = f, k = 0; j < w; j += plane.step_w, ++k) row[k] = load_scalar(image[j]);
+      }
+    }
+  }
+}
+
 template <class C>
-PlaneLayout plane_layout(const Conv2dParams& p) {
-  const int64_t columns = max64((p.q - 1) * p.stride_w + (p.s - 1) * p.dilation_w + 1, p.w + p.pad_w);
-  // A vector load that begins at the last output column stays inside its phase.
-  const int64_t phase = round_up(ceil_div(columns, p.stride_w) + kPixels * lanes<C>, lanes<C>);
-  return {p.pad_w, p.stride_w, phase, phase * p.stride_w};
+void zero(C* to, int64_t n) {
+  for (int64_t i = 0; i < n; i += lanes<C>) store_n(to + i, vec<C>{}, static_cast<int>(min64(n - i, lanes<C>)));
 }
 
-template <class T>
-void copy_plane(const T* plane, int64_t rows, int64_t columns, const PlaneLayout& l, compute_t<T>* to) {
-  using C = compute_t<T>;
-  for (int64_t h = 0; h < rows; ++h, to += l.pitch, plane += columns) {
-    for (int64_t i = 0; i < l.pitch; i += lanes<C>) store(to + i, vec<C>{});
-    if (l.step == 1) {
-      for (int64_t w = 0; w < columns; w += lanes<C>)
-        store_n(to + l.pad + w, load_n(plane + w, static_cast<int>(min64(columns - w, lanes<C>))),
-                static_cast<int>(min64(columns - w, lanes<C>)));
-      continue;
-    }
-    for (int64_t f = 0; f < l.step; ++f) {  // the columns of phase f begin at w with (w + pad) % step == f
-      const int64_t first = ((f - l.pad) % l.step + l.step) % l.step;
-      C* at = to + f * l.phase + (first + l.pad) / l.step;
-      for (int64_t w = first; w < columns; w += l.step) *at++ = load_scalar(plane[w]);
-    }
-  }
-}
-
-// sum over taps of f[t] * at[offset[t]] for kCount vectors of pixels.
-template <int kCount, class C>
-[[gnu::always_inline]] inline void row_sums(const C* at, const int64_t* offset, const C* f, int64_t taps, vec<C>* sum) {
-  for (int64_t t = 0; t < taps; ++t) {
-    const C* const source = at + offset[t];
-#pragma GCC unroll 4
-    for (int k = 0; k < kCount; ++k) sum[k] += load(source + k * lanes<C>) * f[t];
-  }
-}
-
-// One output row of `columns` pixels.
-template <class T>
-void filter_row(const compute_t<T>* buffer, const int64_t* offset, const compute_t<T>* f, int64_t taps, int64_t columns,
-                compute_t<T> bias, const T* residual, Activation activation, T* out) {
-  using C = compute_t<T>;
-  int64_t q = 0;
-  for (; q + kPixels * lanes<C> <= columns; q += kPixels * lanes<C>) {
+// out[i] = sum over taps of f[t] * plane[base[t] + i], for i < n rounded up to whole vectors.
+template <class C>
+void filter_plane(const C* plane, const int64_t* base, const C* f, int64_t taps, int64_t n, C* out) {
+  int64_t i = 0;
+  for (; i + (kPixels - 1) * lanes<C> < n; i += kPixels * lanes<C>) {
     vec<C> sum[kPixels] = {};
-    row_sums<kPixels>(buffer + q, offset, f, taps, sum);
-    for (int k = 0; k < kPixels; ++k) {
-      const int64_t at = q + k * lanes<C>;
-      finish(sum[k] + bias, residual ? residual + at : nullptr, activation, out + at, lanes<C>);
+    for (int64_t t = 0; t < taps; ++t) {
+      const C* const at = plane + base[t] + i;
+#pragma GCC unroll 4
+      for (int k = 0; k < kPixels; ++k) sum[k] += load(at + k * lanes<C>) * f[t];
     }
+#pragma GCC unroll 4
+    for (int k = 0; k < kPixels; ++k) store(out + i + k * lanes<C>, sum[k]);
   }
-  for (; q < columns; q += lanes<C>) {
+  for (; i < n; i += lanes<C>) {
     vec<C> sum = {};
-    row_sums<1>(buffer + q, offset, f, taps, &sum);
-    finish(sum + bias, residual ? residual + q : nullptr, activation, out + q,
-           static_cast<int>(min64(columns - q, lanes<C>)));
+    for (int64_t t = 0; t < taps; ++t) sum += load(plane + base[t] + i) * f[t];
+    store(out + i, sum);
   }
 }
 
 template <class T>
-void forward_nchw(const Conv2dParams& p) {
+void run_lattice_nchw(const Conv2dParams& p, const Lattice& l, const Tap* taps, bool transposed) {
   using C = compute_t<T>;
-  const PlaneLayout l = plane_layout<C>(p);
-  const int64_t taps = p.r * p.s, size = round_up(p.h * l.pitch + kPixels * lanes<C>, 64);
-  Scratch<C> buffers(p.threads * size), filters(p.threads * taps);
-  Scratch<int64_t> offsets(p.threads * taps);
+  const int64_t in_h = transposed ? p.p : p.h, in_w = transposed ? p.q : p.w;
+  const int64_t out_h = transposed ? p.h : p.p, out_w = transposed ? p.w : p.q;
+  const Plane<C> plane(l, taps, in_h, in_w);
+  const int64_t sums_size = round_up(plane.pixels + kPixels * lanes<C>, 64), size = plane.size + sums_size;
+  Scratch<C> buffers(p.threads * size), filters(l.count * p.c);
+  Scratch<int64_t> bases(l.count);
+  for (int64_t t = 0; t < l.count; ++t) bases.data[t] = plane.base(taps[t]);
+  const T* const weight = static_cast<const T*>(p.weight);
+  for (int64_t c = 0; c < p.c; ++c)
+    for (int64_t t = 0; t < l.count; ++t)
+      filters.data[c * l.count + t] = load_scalar(weight[c * p.weight_stride[0] + taps[t].weight]);
 #pragma omp parallel num_threads(p.threads)
   {
     C* const buffer = buffers.data + omp_get_thread_num() * size;
-    C* const f = filters.data + omp_get_thread_num() * taps;
-    int64_t* const offset = offsets.data + omp_get_thread_num() * taps;
+    C* const sums = buffer + plane.size;
+    zero(buffer, plane.size);
 #pragma omp for schedule(static)
-    for (int64_t plane = 0; plane < p.n * p.c; ++plane) {
-      const int64_t c = plane % p.c;
-      copy_plane(static_cast<const T*>(p.x) + plane * p.h * p.w, p.h, p.w, l, buffer);
-      const T* const weight = static_cast<const T*>(p.weight) + c * p.weight_stride[0];
+    for (int64_t image = 0; image < p.n * p.c; ++image) {
+      const int64_t c = image % p.c;
+      copy_plane(static_cast<const T*>(transposed ? p.y : p.x) + image * in_h * in_w, in_h, in_w, plane, buffer);
+      filter_plane(buffer, bases.data, filters.data + c * l.count, l.count, plane.pixels, sums);
       const C bias = p.bias ? load_scalar(static_cast<const T*>(p.bias)[c]) : 0;
-      for (int64_t pp = 0; pp < p.p; ++pp) {
-        int64_t count = 0;
-        for (int64_t r = 0; r < p.r; ++r) {
-          const int64_t h = pp * p.stride_h - p.pad_h + r * p.dilation_h;
-          if (h < 0 || h >= p.h) continue;
-          for (int64_t s = 0; s < p.s; ++s, ++count) {
-            const int64_t w = s * p.dilation_w;
-            offset[count] = h * l.pitch + w % l.step * l.phase + w / l.step;
-            f[count] = load_scalar(weight[r * p.weight_stride[2] + s * p.weight_stride[3]]);
-          }
+      T* const out = static_cast<T*>(transposed ? p.x : p.y);
+      const T* const residual = static_cast<const T*>(p.residual);
+      for (int64_t i = 0; i < l.rows; ++i) {
+        const int64_t to = (image * out_h + l.oh0 + i * l.osh) * out_w + l.ow0;
+        const C* const row = sums + i * plane.pitch;
+        if (l.osw != 1) {  // a phase of input_grad: no residual, no activation
+          for (int64_t j = 0; j < l.columns; ++j) store_scalar(out + to + j * l.osw, row[j] + bias);
+          continue;
         }
-        const int64_t at = (plane * p.p + pp) * p.q;
-        filter_row<T>(buffer, offset, f, count, p.q, bias,
-                      p.residual ? static_cast<const T*>(p.residual) + at : nullptr, p.activation,
-                      static_cast<T*>(p.y) + at);
+        for (int64_t j = 0; j < l.columns; j += lanes<C>)
+          finish(load(row + j) + bias, residual ? residual + to + j : nullptr, p.activation, out + to + j,
+                 static_cast<int>(min64(l.columns - j, lanes<C>)));
       }
     }
   }
 }
 
-template <class T>
-void input_grad_nchw(const Conv2dParams& p) {
-  using C = compute_t<T>;
-  // Column q of dy lies at base + q * stride of its row; dx[w] takes tap s from there at w + pad + base - s * dilation.
-  const int64_t base = max64(0, (p.s - 1) * p.dilation_w - p.pad_w);
-  const int64_t pitch = round_up(max64(p.w + p.pad_w, (p.q - 1) * p.stride_w + 1) + base + kPixels * lanes<C>, lanes<C>);
-  const int64_t taps = p.r * p.s, size = round_up(p.p * pitch + kPixels * lanes<C>, 64);
-  Scratch<C> buffers(p.threads * size), filters(p.threads * taps);
-  Scratch<int64_t> offsets(p.threads * taps);
-#pragma omp parallel num_threads(p.threads)
-  {
-    C* const buffer = buffers.data + omp_get_thread_num() * size;
-    C* const f = filters.data + omp_get_thread_num() * taps;
-    int64_t* const offset = offsets.data + omp_get_thread_num() * taps;
-#pragma omp for schedule(static)
-    for (int64_t plane = 0; plane < p.n * p.c; ++plane) {
-      const int64_t c = plane % p.c;
-      const T* dy = static_cast<const T*>(p.y) + plane * p.p * p.q;
-      for (int64_t pp = 0; pp < p.p; ++pp, dy += p.q) {
-        C* const row = buffer + pp * pitch;
-        for (int64_t i = 0; i < pitch; i += lanes<C>) store(row + i, vec<C>{});
-        for (int64_t q = 0; q < p.q; ++q) row[base + q * p.stride_w] = load_scalar(dy[q]);
-      }
-      const T* const weight = static_cast<const T*>(p.weight) + c * p.weight_stride[0];
-      const C bias = p.bias ? load_scalar(static_cast<const T*>(p.bias)[c]) : 0;
-      for (int64_t h = 0; h < p.h; ++h) {
-        int64_t count = 0;
-        for (int64_t r = 0; r < p.r; ++r) {
-          const int64_t row = h + p.pad_h - r * p.dilation_h;
-          if (row < 0 || row % p.stride_h || row / p.stride_h >= p.p) continue;
-          for (int64_t s = 0; s < p.s; ++s, ++count) {
-            offset[count] = row / p.stride_h * pitch + p.pad_w + base - s * p.dilation_w;
-            f[count] = load_scalar(weight[r * p.weight_stride[2] + s * p.weight_stride[3]]);
-          }
-        }
-        filter_row<T>(buffer, offset, f, count, p.w, bias, nullptr, Activation::none,
-                      static_cast<T*>(p.x) + (plane * p.h + h) * p.w);
-      }
-    }
-  }
-}
-
-// sums[k] += over the row of dy[q] * x[q + offset of tap k].
-template <int kTaps, class T>
-[[gnu::always_inline]] inline void weight_grad_row_nchw(const T* dy, int64_t columns, const compute_t<T>* x,
-                                                        const int64_t* offset, compute_t<T>* sums) {
-  using C = compute_t<T>;
+// sums[k] += sum over i < n of dy[i] * x[base[k] + i], a vector per tap; n is a whole number of vectors.
+template <int kTaps, class C>
+void correlate(const C* dy, int64_t n, const C* x, const int64_t* base, C* sums) {
   vec<C> sum[kTaps];
-#pragma GCC unroll 8
-  for (int k = 0; k < kTaps; ++k) sum[k] = load(sums + k * lanes<C>);
-  int64_t q = 0;
-  for (; q + lanes<C> <= columns; q += lanes<C>) {
-    const vec<C> d = load(dy + q);
-#pragma GCC unroll 8
-    for (int k = 0; k < kTaps; ++k) sum[k] += d * load(x + offset[k] + q);
+  const C* at[kTaps];
+#pragma GCC unroll 9
+  for (int k = 0; k < kTaps; ++k) sum[k] = load(sums + k * lanes<C>), at[k] = x + base[k];
+  for (int64_t i = 0; i < n; i += lanes<C>) {
+    const vec<C> d = load(dy + i);
+#pragma GCC unroll 9
+    for (int k = 0; k < kTaps; ++k) sum[k] += d * load(at[k] + i);
   }
-  if (q < columns) {
-    const int part = static_cast<int>(columns - q);  // of x too: an Inf past the row's end must not meet a zero of dy
-    const vec<C> d = load_n(dy + q, part);
-#pragma GCC unroll 8
-    for (int k = 0; k < kTaps; ++k) sum[k] += d * load_n(x + offset[k] + q, part);
-  }
-#pragma GCC unroll 8
+#pragma GCC unroll 9
   for (int k = 0; k < kTaps; ++k) store(sums + k * lanes<C>, sum[k]);
 }
+
+constexpr int64_t kGradTerms = 1024;
 
 template <class T>
 void weight_grad_nchw(const Conv2dParams& p) {
   using C = compute_t<T>;
-  const PlaneLayout l = plane_layout<C>(p);
-  const int64_t taps = p.r * p.s, size = round_up(p.h * l.pitch + kPixels * lanes<C>, 64);
-  Scratch<C> buffers(p.threads * size);
-  Scratch<double> totals(p.threads * taps);
-  Scratch<C> vectors(p.threads * taps * lanes<C>);
-  Scratch<int64_t> offsets(p.s);
-  for (int64_t s = 0; s < p.s; ++s) {
-    const int64_t w = s * p.dilation_w;
-    offsets.data[s] = w % l.step * l.phase + w / l.step;
-  }
+  const int64_t count = p.r * p.s;
+  Scratch<Tap> taps(count);
+  forward_lattice(p, taps.data, [&](const Lattice& l, const Tap*) {
+    const Plane<C> plane(l, taps.data, p.h, p.w);
+    const int64_t images = ceil_div(kGradTerms, plane.pixels);  // summed in the compute type before the float64 total
+    const int64_t length = round_up(plane.pixels, lanes<C>), size = plane.size + round_up(length, 64);
+    Scratch<C> buffers(p.threads * size), vectors(p.threads * count * lanes<C>);
+    Scratch<double> totals(p.threads * count);
+    Scratch<int64_t> bases(count);
+    for (int64_t t = 0; t < count; ++t) bases.data[t] = plane.base(taps.data[t]);
 #pragma omp parallel num_threads(p.threads)
-  {
-    C* const buffer = buffers.data + omp_get_thread_num() * size;
-    double* const total = totals.data + omp_get_thread_num() * taps;
-    C* const sums = vectors.data + omp_get_thread_num() * taps * lanes<C>;  // a vector per tap
+    {
+      C* const x = buffers.data + omp_get_thread_num() * size;
+      C* const dy = x + plane.size;
+      C* const sums = vectors.data + omp_get_thread_num() * count * lanes<C>;
+      double* const total = totals.data + omp_get_thread_num() * count;
+      zero(x, size);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t c = 0; c < p.c; ++c) {
-      for (int64_t t = 0; t < taps; ++t) total[t] = 0;
-      for (int64_t n = 0; n < p.n; ++n) {
-        const int64_t plane = n * p.c + c;
-        copy_plane(static_cast<const T*>(p.x) + plane * p.h * p.w, p.h, p.w, l, buffer);
-        for (int64_t i = 0; i < taps * lanes<C>; ++i) sums[i] = 0;
-        for (int64_t pp = 0; pp < p.p; ++pp) {
-          const T* const dy = static_cast<const T*>(p.y) + (plane * p.p + pp) * p.q;
-          for (int64_t r = 0; r < p.r; ++r) {
-            const int64_t h = pp * p.stride_h - p.pad_h + r * p.dilation_h;
-            if (h < 0 || h >= p.h) continue;
-            const C* const x = buffer + h * l.pitch;
-            for (int64_t s = 0; s < p.s;) {
-              const int64_t left = p.s - s;
-              C* const to = sums + (r * p.s + s) * lanes<C>;
-              const int64_t* const offset = offsets.data + s;
-              if (left >= 7) weight_grad_row_nchw<7>(dy, p.q, x, offset, to), s += 7;
-              else if (left >= 5) weight_grad_row_nchw<5>(dy, p.q, x, offset, to), s += 5;
-              else if (left >= 3) weight_grad_row_nchw<3>(dy, p.q, x, offset, to), s += 3;
-              else weight_grad_row_nchw<1>(dy, p.q, x, offset, to), s += 1;
+      for (int64_t c = 0; c < p.c; ++c) {
+        for (int64_t t = 0; t < count; ++t) total[t] = 0;
+        zero(sums, count * lanes<C>);
+        for (int64_t n = 0; n < p.n; ++n) {
+          const int64_t image = n * p.c + c;
+          copy_plane(static_cast<const T*>(p.x) + image * p.h * p.w, p.h, p.w, plane, x);
+          // dy in the same rows, with zeros between them.
+          const T* source = static_cast<const T*>(p.y) + image * p.p * p.q;
+          for (int64_t i = 0; i < p.p; ++i, source += p.q)
+            for (int64_t j = 0; j < p.q; j += lanes<C>) {
+              const int part = static_cast<int>(min64(p.q - j, lanes<C>));
+              store_n(dy + i * plane.pitch + j, load_n(source + j, part), part);
             }
+          for (int64_t t = 0; t < count;) {
+            const int64_t left = count - t;
+            const int64_t* const base = bases.data + t;
+            C* const to = sums + t * lanes<C>;
+            if (left >= 9) correlate<9>(dy, length, x, base, to), t += 9;
+            else if (left >= 5) correlate<5>(dy, length, x, base, to), t += 5;
+            else if (left >= 3) correlate<3>(dy, length, x, base, to), t += 3;
+            else correlate<1>(dy, length, x, base, to), t += 1;
           }
+          if ((n + 1) % images && n + 1 < p.n) continue;
+          for (int64_t i = 0; i < count * lanes<C>; ++i) total[i / lanes<C>] += sums[i];
+          zero(sums, count * lanes<C>);
         }
-        for (int64_t i = 0; i < taps * lanes<C>; ++i) total[i / lanes<C>] += sums[i];
+        for (int64_t t = 0; t < count; ++t)
+          store_scalar(static_cast<T*>(p.weight) + c * p.weight_stride[0] + taps.data[t].weight, static_cast<C>(total[t]));
       }
-      for (int64_t t = 0; t < taps; ++t)
-        store_scalar(static_cast<T*>(p.weight) + c * p.weight_stride[0] + t / p.s * p.weight_stride[2] +
-                         t % p.s * p.weight_stride[3],
-                     static_cast<C>(total[t]));
     }
-  }
+  });
 }
 
 // ---- Passes ----------------------------------------------------------------------------------------------------------
 
 template <class T>
+void run_lattice(const Conv2dParams& p, const Lattice& l, const Tap* taps, bool transposed) {
+  if (p.layout == Layout::nchw) return run_lattice_nchw<T>(p, l, taps, transposed);
+  run_lattice_nhwc<T>(p, l, taps, transposed);
+}
+
+template <class T>
 void forward(const Conv2dParams& p) {
-  if (p.layout == Layout::nchw) return forward_nchw<T>(p);
   Scratch<Tap> taps(p.r * p.s);
-  forward_lattice(p, taps.data, [&](const Lattice& l, const Tap* t) { run_lattice_nhwc<T>(p, l, t, false); });
+  forward_lattice(p, taps.data, [&](const Lattice& l, const Tap* t) { run_lattice<T>(p, l, t, false); });
 }
 
 template <class T>
 void input_grad(const Conv2dParams& p) {
-  if (p.layout == Layout::nchw) return input_grad_nchw<T>(p);
   Scratch<Tap> taps(p.r * p.s);
-  input_grad_lattices(p, taps.data, [&](const Lattice& l, const Tap* t) { run_lattice_nhwc<T>(p, l, t, true); });
+  input_grad_lattices(p, taps.data, [&](const Lattice& l, const Tap* t) { run_lattice<T>(p, l, t, true); });
 }
 
 template <class T>

@@ -117,11 +117,13 @@ void run_lattice_nhwc(const Conv2dParams& p, const Lattice& lattice, const Tap* 
   }
 }
 
-constexpr int64_t kSlices = 64;
+constexpr int64_t kSlices = 64, kSlicePixels = 256;  // at most, at least
+constexpr int64_t kGradChannels = 256;               // of a task
 
 // dw of kTaps neighbouring taps of one filter row, over one row of dy; sums is [tap][channel].
 template <int kTaps, class T>
-void weight_grad_row_nhwc(const Conv2dParams& p, const T* dy, const T* x, int64_t s0, compute_t<T>* sums) {
+void weight_grad_row_nhwc(const Conv2dParams& p, const T* dy, const T* x, int64_t s0, int64_t c0, int64_t c1,
+                          compute_t<T>* sums) {
   using C = compute_t<T>;
   int64_t first = 0, last = p.q;  // the q for which all these taps lie inside
   for (int64_t s = s0; s < s0 + kTaps; ++s) {
@@ -130,8 +132,8 @@ void weight_grad_row_nhwc(const Conv2dParams& p, const T* dy, const T* x, int64_
     last = min64(last, valid.last);
   }
   last = max64(first, last);
-  for (int64_t c = 0; c < p.c; c += lanes<C>) {
-    const int part = static_cast<int>(min64(p.c - c, lanes<C>));
+  for (int64_t c = c0; c < c1; c += lanes<C>) {
+    const int part = static_cast<int>(min64(c1 - c, lanes<C>));
     vec<C> sum[kTaps];
 #pragma GCC unroll 8
     for (int k = 0; k < kTaps; ++k) sum[k] = load_n(sums + k * p.c + c, part);
@@ -166,15 +168,19 @@ void weight_grad_row_nhwc(const Conv2dParams& p, const T* dy, const T* x, int64_
 template <class T>
 void weight_grad_nhwc(const Conv2dParams& p) {
   using C = compute_t<T>;
-  const int64_t taps = p.r * p.s, rows = p.n * p.p, slices = max64(1, min64(kSlices, rows));
+  const int64_t taps = p.r * p.s, rows = p.n * p.p;
+  const int64_t slices = max64(1, min64(min64(kSlices, rows), rows * p.q / kSlicePixels));
+  const int64_t blocks = ceil_div(p.c, kGradChannels);
   const int64_t size = round_up(taps * p.c, 64);
   Scratch<C> partial(slices * size);
 #pragma omp parallel num_threads(p.threads)
   {
 #pragma omp for schedule(static)
-    for (int64_t slice = 0; slice < slices; ++slice) {
+    for (int64_t task = 0; task < slices * blocks; ++task) {
+      const int64_t slice = task / blocks, c0 = task % blocks * kGradChannels, c1 = min64(c0 + kGradChannels, p.c);
       C* const sums = partial.data + slice * size;
-      for (int64_t i = 0; i < taps * p.c; ++i) sums[i] = 0;
+      for (int64_t t = 0; t < taps; ++t)
+        for (int64_t c = c0; c < c1; ++c) sums[t * p.c + c] = 0;
       for (int64_t row = rows * slice / slices; row < rows * (slice + 1) / slices; ++row) {
         const int64_t n = row / p.p, pp = row % p.p;
         const T* const dy = static_cast<const T*>(p.y) + row * p.q * p.c;
@@ -185,10 +191,10 @@ void weight_grad_nhwc(const Conv2dParams& p) {
           for (int64_t s = 0; s < p.s;) {
             C* const to = sums + (r * p.s + s) * p.c;
             const int64_t left = p.s - s;
-            if (left >= 7) weight_grad_row_nhwc<7>(p, dy, x, s, to), s += 7;
-            else if (left >= 5) weight_grad_row_nhwc<5>(p, dy, x, s, to), s += 5;
-            else if (left >= 3) weight_grad_row_nhwc<3>(p, dy, x, s, to), s += 3;
-            else weight_grad_row_nhwc<1>(p, dy, x, s, to), s += 1;
+            if (left >= 7) weight_grad_row_nhwc<7>(p, dy, x, s, c0, c1, to), s += 7;
+            else if (left >= 5) weight_grad_row_nhwc<5>(p, dy, x, s, c0, c1, to), s += 5;
+            else if (left >= 3) weight_grad_row_nhwc<3>(p, dy, x, s, c0, c1, to), s += 3;
+            else weight_grad_row_nhwc<1>(p, dy, x, s, c0, c1, to), s += 1;
           }
         }
       }
@@ -286,6 +292,10 @@ void filter_plane(const C* plane, const int64_t* base, const C* f, int64_t taps,
   }
 }
 
+// Images that are copied before any is computed: a vector load right after the narrower stores of short rows would wait for
+// them.
+int64_t images_together(int64_t pixels) { return max64(1, min64(32, 1024 / max64(pixels, 1))); }
+
 template <class T>
 void run_lattice_nchw(const Conv2dParams& p, const Lattice& l, const Tap* taps, bool transposed) {
   using C = compute_t<T>;
@@ -293,36 +303,42 @@ void run_lattice_nchw(const Conv2dParams& p, const Lattice& l, const Tap* taps, 
   const int64_t out_h = transposed ? p.h : p.p, out_w = transposed ? p.w : p.q;
   const Plane<C> plane(l, taps, in_h, in_w);
   const int64_t sums_size = round_up(plane.pixels + kPixels * lanes<C>, 64), size = plane.size + sums_size;
-  Scratch<C> buffers(p.threads * size), filters(l.count * p.c);
+  const int64_t batch = images_together(plane.pixels), tasks = ceil_div(p.n * p.c, batch);
+  Scratch<C> buffers(p.threads * size * batch), filters(l.count * p.c);
   Scratch<int64_t> bases(l.count);
   for (int64_t t = 0; t < l.count; ++t) bases.data[t] = plane.base(taps[t]);
   const T* const weight = static_cast<const T*>(p.weight);
   for (int64_t c = 0; c < p.c; ++c)
     for (int64_t t = 0; t < l.count; ++t)
       filters.data[c * l.count + t] = load_scalar(weight[c * p.weight_stride[0] + taps[t].weight]);
+  const T* const in = static_cast<const T*>(transposed ? p.y : p.x);
+  T* const out = static_cast<T*>(transposed ? p.x : p.y);
+  const T* const residual = static_cast<const T*>(p.residual);
 #pragma omp parallel num_threads(p.threads)
   {
-    C* const buffer = buffers.data + omp_get_thread_num() * size;
-    C* const sums = buffer + plane.size;
-    zero(buffer, plane.size);
+    C* const buffer = buffers.data + omp_get_thread_num() * size * batch;
+    zero(buffer, size * batch);
 #pragma omp for schedule(static)
-    for (int64_t image = 0; image < p.n * p.c; ++image) {
-      const int64_t c = image % p.c;
-      copy_plane(static_cast<const T*>(transposed ? p.y : p.x) + image * in_h * in_w, in_h, in_w, plane, buffer);
-      filter_plane(buffer, bases.data, filters.data + c * l.count, l.count, plane.pixels, sums);
-      const C bias = p.bias ? load_scalar(static_cast<const T*>(p.bias)[c]) : 0;
-      T* const out = static_cast<T*>(transposed ? p.x : p.y);
-      const T* const residual = static_cast<const T*>(p.residual);
-      for (int64_t i = 0; i < l.rows; ++i) {
-        const int64_t to = (image * out_h + l.oh0 + i * l.osh) * out_w + l.ow0;
-        const C* const row = sums + i * plane.pitch;
-        if (l.osw != 1) {  // a phase of input_grad: no residual, no activation
-          for (int64_t j = 0; j < l.columns; ++j) store_scalar(out + to + j * l.osw, row[j] + bias);
-          continue;
+    for (int64_t task = 0; task < tasks; ++task) {
+      const int64_t first = task * batch, count = min64(batch, p.n * p.c - first);
+      for (int64_t i = 0; i < count; ++i)
+        copy_plane(in + (first + i) * in_h * in_w, in_h, in_w, plane, buffer + i * size);
+      for (int64_t i = 0; i < count; ++i)
+        filter_plane(buffer + i * size, bases.data, filters.data + (first + i) % p.c * l.count, l.count, plane.pixels,
+                     buffer + i * size + plane.size);
+      for (int64_t image = first; image < first + count; ++image) {
+        const C bias = p.bias ? load_scalar(static_cast<const T*>(p.bias)[image % p.c]) : 0;
+        const C* row = buffer + (image - first) * size + plane.size;
+        for (int64_t i = 0; i < l.rows; ++i, row += plane.pitch) {
+          const int64_t to = (image * out_h + l.oh0 + i * l.osh) * out_w + l.ow0;
+          if (l.osw != 1) {  // a phase of input_grad: no residual, no activation
+            for (int64_t j = 0; j < l.columns; ++j) store_scalar(out + to + j * l.osw, row[j] + bias);
+            continue;
+          }
+          for (int64_t j = 0; j < l.columns; j += lanes<C>)
+            finish(load(row + j) + bias, residual ? residual + to + j : nullptr, p.activation, out + to + j,
+                   static_cast<int>(min64(l.columns - j, lanes<C>)));
         }
-        for (int64_t j = 0; j < l.columns; j += lanes<C>)
-          finish(load(row + j) + bias, residual ? residual + to + j : nullptr, p.activation, out + to + j,
-                 static_cast<int>(min64(l.columns - j, lanes<C>)));
       }
     }
   }
@@ -344,8 +360,6 @@ void correlate(const C* dy, int64_t n, const C* x, const int64_t* base, C* sums)
   for (int k = 0; k < kTaps; ++k) store(sums + k * lanes<C>, sum[k]);
 }
 
-constexpr int64_t kGradTerms = 1024;
-
 template <class T>
 void weight_grad_nchw(const Conv2dParams& p) {
   using C = compute_t<T>;
@@ -353,45 +367,50 @@ void weight_grad_nchw(const Conv2dParams& p) {
   Scratch<Tap> taps(count);
   forward_lattice(p, taps.data, [&](const Lattice& l, const Tap*) {
     const Plane<C> plane(l, taps.data, p.h, p.w);
-    const int64_t images = ceil_div(kGradTerms, plane.pixels);  // summed in the compute type before the float64 total
+    const int64_t batch = images_together(plane.pixels);
     const int64_t length = round_up(plane.pixels, lanes<C>), size = plane.size + round_up(length, 64);
-    Scratch<C> buffers(p.threads * size), vectors(p.threads * count * lanes<C>);
+    Scratch<C> buffers(p.threads * size * batch), vectors(p.threads * count * lanes<C>);
     Scratch<double> totals(p.threads * count);
     Scratch<int64_t> bases(count);
     for (int64_t t = 0; t < count; ++t) bases.data[t] = plane.base(taps.data[t]);
 #pragma omp parallel num_threads(p.threads)
     {
-      C* const x = buffers.data + omp_get_thread_num() * size;
-      C* const dy = x + plane.size;
+      C* const buffer = buffers.data + omp_get_thread_num() * size * batch;
       C* const sums = vectors.data + omp_get_thread_num() * count * lanes<C>;
       double* const total = totals.data + omp_get_thread_num() * count;
-      zero(x, size);
+      zero(buffer, size * batch);
 #pragma omp for schedule(dynamic, 1)
       for (int64_t c = 0; c < p.c; ++c) {
         for (int64_t t = 0; t < count; ++t) total[t] = 0;
-        zero(sums, count * lanes<C>);
-        for (int64_t n = 0; n < p.n; ++n) {
-          const int64_t image = n * p.c + c;
-          copy_plane(static_cast<const T*>(p.x) + image * p.h * p.w, p.h, p.w, plane, x);
-          // dy in the same rows, with zeros between them.
-          const T* source = static_cast<const T*>(p.y) + image * p.p * p.q;
-          for (int64_t i = 0; i < p.p; ++i, source += p.q)
-            for (int64_t j = 0; j < p.q; j += lanes<C>) {
-              const int part = static_cast<int>(min64(p.q - j, lanes<C>));
-              store_n(dy + i * plane.pitch + j, load_n(source + j, part), part);
-            }
-          for (int64_t t = 0; t < count;) {
-            const int64_t left = count - t;
-            const int64_t* const base = bases.data + t;
-            C* const to = sums + t * lanes<C>;
-            if (left >= 9) correlate<9>(dy, length, x, base, to), t += 9;
-            else if (left >= 5) correlate<5>(dy, length, x, base, to), t += 5;
-            else if (left >= 3) correlate<3>(dy, length, x, base, to), t += 3;
-            else correlate<1>(dy, length, x, base, to), t += 1;
+        for (int64_t n = 0; n < p.n; n += batch) {
+          const int64_t images = min64(batch, p.n - n);
+          for (int64_t i = 0; i < images; ++i) {
+            const int64_t image = (n + i) * p.c + c;
+            C* const x = buffer + i * size;
+            copy_plane(static_cast<const T*>(p.x) + image * p.h * p.w, p.h, p.w, plane, x);
+            // dy in the same rows, with zeros between them.
+            const T* source = static_cast<const T*>(p.y) + image * p.p * p.q;
+            for (C* dy = x + plane.size; dy < x + plane.size + plane.pixels; dy += plane.pitch, source += p.q)
+              for (int64_t j = 0; j < p.q; j += lanes<C>) {
+                const int part = static_cast<int>(min64(p.q - j, lanes<C>));
+                store_n(dy + j, load_n(source + j, part), part);
+              }
           }
-          if ((n + 1) % images && n + 1 < p.n) continue;
-          for (int64_t i = 0; i < count * lanes<C>; ++i) total[i / lanes<C>] += sums[i];
           zero(sums, count * lanes<C>);
+          for (int64_t i = 0; i < images; ++i) {
+            const C* const x = buffer + i * size;
+            const C* const dy = x + plane.size;
+            for (int64_t t = 0; t < count;) {
+              const int64_t left = count - t;
+              const int64_t* const base = bases.data + t;
+              C* const to = sums + t * lanes<C>;
+              if (left >= 9) correlate<9>(dy, length, x, base, to), t += 9;
+              else if (left >= 5) correlate<5>(dy, length, x, base, to), t += 5;
+              else if (left >= 3) correlate<3>(dy, length, x, base, to), t += 3;
+              else correlate<1>(dy, length, x, base, to), t += 1;
+            }
+          }
+          for (int64_t i = 0; i < count * lanes<C>; ++i) total[i / lanes<C>] += sums[i];
         }
         for (int64_t t = 0; t < count; ++t)
           store_scalar(static_cast<T*>(p.weight) + c * p.weight_stride[0] + taps.data[t].weight, static_cast<C>(total[t]));

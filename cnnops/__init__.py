@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import functional as functional
+    from . import memory as memory
     from . import nn as nn
     from .convert import convert_ as convert_
     from .convert import revert_ as revert_
     from .info import info as info
     from .patch import patch_aten as patch_aten
 
-_MODULES = ("functional", "nn")
+_MODULES = ("functional", "memory", "nn")
 _NAMES = {
     "convert_": "convert",
     "revert_": "convert",

@@ -33,6 +33,16 @@ KERNEL_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.f
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _CPU = torch.device("cpu")
+_POOLED_BYTES = 1 << 16
+# DLPack's type code and width.
+_DLPACK_TYPES = {
+    torch.float32: (2, 32),
+    torch.float64: (2, 64),
+    torch.float16: (2, 16),
+    torch.bfloat16: (4, 16),
+    torch.uint8: (1, 8),
+    torch.int64: (0, 64),
+}
 OPERATORS: dict[str, Operator] = {}
 
 
@@ -213,8 +223,11 @@ def dense(t: Tensor, format: torch.memory_format) -> Tensor:
 
 
 def empty(shape: Sequence[int], like: Tensor, format: torch.memory_format, dtype: torch.dtype | None = None) -> Tensor:
-    """A new tensor for a result."""
-    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=format)
+    """A new tensor for a result; in pooled memory (:mod:`cnnops.memory`) where it is large and real."""
+    dtype = dtype or like.dtype
+    if type(like) in _PLAIN_TYPES and like.is_cpu and math.prod(shape) * dtype.itemsize >= _POOLED_BYTES:
+        return C.empty(like, shape, *_DLPACK_TYPES[dtype], format is torch.channels_last)
+    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=format)
 
 
 def threads() -> int:

@@ -23,7 +23,7 @@
 namespace cnnops::CNNOPS_ISA {
 namespace {
 
-constexpr int64_t kChunk = 256;          // reduction terms between two visits of the accumulators
+constexpr int64_t kChunk = 128;          // reduction terms between two visits of the accumulators
 constexpr int64_t kBlockPixels = 192;    // with kChunk: 196 KB of packed float32 pixels
 constexpr int64_t kBlockFilters = 256;   // with kBlockPixels: 196 KB of accumulators
 constexpr int64_t kMinFilters = 64;      // smaller blocks would pack the same pixels too often
@@ -269,16 +269,16 @@ void compute_block(const Problem<T>& g, const Panels<compute_t<T>>& panels, cons
       }
     } else {
       if (!in_place) pack_pixels_nhwc(g, runs, run_count, c0, c1, packed);
-      for (int64_t at = 0; at < pixels; at += kTileRows) {
-        PitchedRows<C> rows{packed + at * terms, terms};
-        if constexpr (__is_same(T, C)) {
-          if (in_place) rows = {in_place + at * g.in.w + c0, g.in.w};
-        }
-        const int row_count = static_cast<int>(min64(kTileRows, pixels - at));
-        for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-          const int64_t m = panels.begin(panel), width = panels.width(panel);
-          gemm_tile<C>(row_count, static_cast<int>(width / lanes<C>), rows, weights + m * length + c0 * l.count * width,
-                       width, terms, sums + at * pitch + (m - m0), pitch, add);
+      for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+        const int64_t m = panels.begin(panel), width = panels.width(panel);
+        const C* const panel_weights = weights + m * length + c0 * l.count * width;
+        for (int64_t at = 0; at < pixels; at += kTileRows) {
+          PitchedRows<C> rows{packed + at * terms, terms};
+          if constexpr (__is_same(T, C)) {
+            if (in_place) rows = {in_place + at * g.in.w + c0, g.in.w};
+          }
+          gemm_tile<C>(static_cast<int>(min64(kTileRows, pixels - at)), static_cast<int>(width / lanes<C>), rows,
+                       panel_weights, width, terms, sums + at * pitch + (m - m0), pitch, add);
         }
       }
     }

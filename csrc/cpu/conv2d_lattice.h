@@ -16,10 +16,11 @@ namespace {
 // Scratch memory that is given back at the end of a scope.
 template <class C>
 struct Scratch {
+  const size_t bytes;
   C* const data;
   explicit Scratch(int64_t count)
-      : data(static_cast<C*>(scratch_acquire(static_cast<size_t>(max64(count, 1)) * sizeof(C)))) {}
-  ~Scratch() { scratch_release(data); }
+      : bytes(static_cast<size_t>(max64(count, 1)) * sizeof(C)), data(static_cast<C*>(memory_acquire(bytes))) {}
+  ~Scratch() { memory_release(data, bytes); }
   Scratch(const Scratch&) = delete;
 };
 

@@ -34,34 +34,6 @@ DType dtype_of(dlpack::DataType type) {
   return DType::other;
 }
 
-// The exchange API of a type, kept for the first types seen: nearly every call passes torch.Tensor and Parameter.
-const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
-  struct Known {
-    PyTypeObject* type;
-    const dlpack::ExchangeApi* api;
-  };
-  static Known known[4] = {};  // guarded by the GIL
-  for (const Known& k : known)
-    if (k.type == type) return k.api;
-  PyObject* capsule = PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__");
-  if (!capsule) {
-    PyErr_Clear();
-    return nullptr;
-  }
-  const auto* api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
-  Py_DECREF(capsule);
-  if (!api) throw py::error_already_set();
-  while (api && api->header.version.major != 1) api = reinterpret_cast<const dlpack::ExchangeApi*>(api->header.prev_api);
-  CNNOPS_CHECK(api, TypeError, type->tp_name, " offers no DLPack C exchange API of major version 1");
-  for (Known& k : known) {
-    if (k.type) continue;
-    Py_INCREF(type);  // a type kept here must not be replaced by another at its address
-    k = {type, api};
-    break;
-  }
-  return api;
-}
-
 Tensor from_buffer(PyObject* object) {
   Py_buffer view;
   if (PyObject_GetBuffer(object, &view, PyBUF_STRIDES | PyBUF_FORMAT | PyBUF_WRITABLE) != 0) throw py::error_already_set();
@@ -102,6 +74,34 @@ void expect_cpu(const char* op, const NamedTensor& t, DType dtype) {
 }
 
 }  // namespace
+
+// Kept for the first types seen: nearly every call passes torch.Tensor and Parameter.
+const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
+  struct Known {
+    PyTypeObject* type;
+    const dlpack::ExchangeApi* api;
+  };
+  static Known known[4] = {};  // guarded by the GIL
+  for (const Known& k : known)
+    if (k.type == type) return k.api;
+  PyObject* capsule = PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__");
+  if (!capsule) {
+    PyErr_Clear();
+    return nullptr;
+  }
+  const auto* api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+  Py_DECREF(capsule);
+  if (!api) throw py::error_already_set();
+  while (api && api->header.version.major != 1) api = reinterpret_cast<const dlpack::ExchangeApi*>(api->header.prev_api);
+  CNNOPS_CHECK(api, TypeError, type->tp_name, " offers no DLPack C exchange API of major version 1");
+  for (Known& k : known) {
+    if (k.type) continue;
+    Py_INCREF(type);  // a type kept here must not be replaced by another at its address
+    k = {type, api};
+    break;
+  }
+  return api;
+}
 
 Tensor tensor_from_python(PyObject* object) {
   const dlpack::ExchangeApi* api = exchange_api(Py_TYPE(object));

@@ -14,6 +14,12 @@
 
 namespace cnnops {
 
+namespace dlpack {
+struct ExchangeApi;
+}
+// The exchange API of a type, null where it has none.
+const dlpack::ExchangeApi* exchange_api(PyTypeObject* type);
+
 Tensor tensor_from_python(PyObject* object);
 
 // "[2, 3, 4]"

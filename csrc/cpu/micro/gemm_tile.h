@@ -58,7 +58,7 @@ void gemm_tile(const Rows a, const C* b, int64_t b_step, int64_t len, C* c, int6
     for (int v = 0; v < kVecs; ++v) bv[v] = load(b + v * lanes<C>);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
-      const vec<C> av = vec<C>{} + a.at(i, kk);
+      const C av = a.at(i, kk);
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) sum[i][v] += av * bv[v];
     }

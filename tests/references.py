@@ -1,8 +1,8 @@
 """Oracles in float64, and the problems on which every row of the kernel tables is run.
 
-``PROBLEMS[op, pass]`` is a list of functions ``problem(dtype, row) -> Check``: each builds inputs in ``dtype``, runs the
-kernel table's row ``row`` (an index; -1 selects as users get it) through the extension, and returns what came out beside
-what is right.
+``PROBLEMS[op, pass]`` is a list of functions ``problem(dtype, row) -> Check``: each builds inputs in ``dtype``, runs
+the kernel table's row ``row`` (an index; -1 selects as users get it) through the extension, and returns what came out
+beside what is right.
 """
 
 from __future__ import annotations
@@ -35,9 +35,7 @@ class Check:
         magnitude = expected.abs() if self.magnitude is None else self.magnitude.double()
         compute = torch.float64 if self.got.dtype == torch.float64 else torch.float32
         tiny = torch.finfo(self.got.dtype).smallest_normal
-        bound = (
-            4 * torch.finfo(compute).eps * magnitude + torch.finfo(self.got.dtype).eps * expected.abs() + tiny
-        )
+        bound = 4 * torch.finfo(compute).eps * magnitude + torch.finfo(self.got.dtype).eps * expected.abs() + tiny
         assert torch.equal(got.isnan(), expected.isnan()), "NaNs differ"
         wrong = ((got - expected).abs() > bound) & (got != expected) & ~expected.isnan()
         if wrong.any():

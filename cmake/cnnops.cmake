@@ -29,7 +29,8 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
 endif()
 
 # Contraction to FMA is allowed (the references are checked with tolerances); reassociation is not.
-set(CNNOPS_WARNINGS -Wall -Wextra -Wno-unused-function -Wno-maybe-uninitialized -Wno-unknown-pragmas $<$<BOOL:${CNNOPS_WERROR}>:-Werror>)
+set(CNNOPS_WARNINGS -Wall -Wextra -Wno-unused-function -Wno-maybe-uninitialized -Wno-unknown-pragmas
+    $<$<BOOL:${CNNOPS_WERROR}>:-Werror>)
 set(CNNOPS_KERNEL_FLAGS -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast ${CNNOPS_WARNINGS})
 
 set(CNNOPS_HAVE_CUDA OFF)

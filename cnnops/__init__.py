@@ -4,7 +4,8 @@
 >>> report = cnnops.convert_(model)      # the same model, on cnnops kernels
 >>> y = cnnops.functional.conv2d(x, w, padding="same", activation="relu")
 
-Importing this package is cheap; torch and the extension are loaded at first use (at once, where torch is loaded already).
+Importing this package is cheap; torch and the extension are loaded at first use (at once, where torch is loaded
+already).
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch  # noqa: F401  (first: its libgomp.so.1 must be the one that the extension finds)
 
@@ -24,4 +25,7 @@ def _load() -> ModuleType:
     return _C
 
 
-C = _load()
+if TYPE_CHECKING:
+    from . import _C as C
+else:
+    C = _load()

@@ -1,4 +1,4 @@
-"""The functions: the same names, signatures and meanings as in :mod:`torch.nn.functional`, and what it does not have."""
+"""The functions: names, signatures and meanings as in :mod:`torch.nn.functional`, and what it does not have."""
 
 from .ops.avg_pool2d import avg_pool2d
 from .ops.conv2d import conv2d, conv_transpose2d

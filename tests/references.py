@@ -1,8 +1,8 @@
 """Oracles in float64, and the problems on which every row of the kernel tables is run.
 
-``PROBLEMS[op, pass]`` is a list of functions ``problem(dtype, row) -> Check``: each builds inputs in ``dtype``, runs the
-kernel table's row ``row`` (an index; -1 selects as users get it) through the extension, and returns what came out beside
-what is right.
+``PROBLEMS[op, pass]`` is a list of functions ``problem(dtype, row) -> Check``: each builds inputs in ``dtype``, runs
+the kernel table's row ``row`` (an index; -1 selects as users get it) through the extension, and returns what came out
+beside what is right.
 """
 
 from __future__ import annotations
@@ -35,9 +35,7 @@ class Check:
         magnitude = expected.abs() if self.magnitude is None else self.magnitude.double()
         compute = torch.float64 if self.got.dtype == torch.float64 else torch.float32
         tiny = torch.finfo(self.got.dtype).smallest_normal
-        bound = (
-            4 * torch.finfo(compute).eps * magnitude + torch.finfo(self.got.dtype).eps * expected.abs() + tiny
-        )
+        bound = 4 * torch.finfo(compute).eps * magnitude + torch.finfo(self.got.dtype).eps * expected.abs() + tiny
         assert torch.equal(got.isnan(), expected.isnan()), "NaNs differ"
         wrong = ((got - expected).abs() > bound) & (got != expected) & ~expected.isnan()
         if wrong.any():
@@ -152,14 +150,29 @@ def _conv_shapes(conv: dict) -> tuple[tuple[int, ...], tuple[int, ...], dict]:
     return (conv["k"], c // conv["groups"], *conv["rs"]), (n, conv["k"], *size), arguments
 
 
-ACTIVATED = (None, "relu", "gelu", "softplus", None, "hardswish", "leaky_relu", "tanh", "elu", "silu", "sigmoid", "relu6")
+ACTIVATED = (
+    None,
+    "relu",
+    "gelu",
+    "softplus",
+    None,
+    "hardswish",
+    "leaky_relu",
+    "tanh",
+    "elu",
+    "silu",
+    "sigmoid",
+    "relu6",
+)
 
 
 @problem("conv2d", "forward")
 def _conv2d_forward() -> Iterator[Callable]:
     from cnnops.ops import _activation
 
-    def run(dtype: torch.dtype, row: int, conv: dict, format: str, bias: bool, residual: bool, act: str | None) -> Check:
+    def run(
+        dtype: torch.dtype, row: int, conv: dict, format: str, bias: bool, residual: bool, act: str | None
+    ) -> Check:
         weight_shape, y_shape, arguments = _conv_shapes(conv)
         x, weight = randn(*conv["x"], dtype=dtype, format=format), randn(*weight_shape, dtype=dtype, format=format)
         b = torch.randn(conv["k"]).to(dtype) if bias else None
@@ -167,7 +180,9 @@ def _conv2d_forward() -> Iterator[Callable]:
         y = empty(*y_shape, dtype=dtype, format=format)
         C.conv2d_forward(y, x, weight, b, r, **arguments, activation=_activation.INDEX[act], threads=2, kernel=row)
         expected = F.conv2d(x.double(), weight.double(), None if b is None else b.double(), **arguments)
-        magnitude = F.conv2d(x.double().abs(), weight.double().abs(), None if b is None else b.double().abs(), **arguments)
+        magnitude = F.conv2d(
+            x.double().abs(), weight.double().abs(), None if b is None else b.double().abs(), **arguments
+        )
         if r is not None:
             expected, magnitude = expected + r.double(), magnitude + r.double().abs()
         # No activation is steeper than 1.13 (gelu); theirs are a few roundings of their own.

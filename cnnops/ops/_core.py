@@ -6,8 +6,8 @@ the formulas for its derivative and for vmap. ``Operator.__call__`` then takes t
 * plain CPU tensors, no gradient: the kernel, without torch's dispatcher (a conv2d call through it costs 3 µs more);
 * plain CPU tensors, a gradient: the same inside a ``torch.autograd.Function``;
 * under functorch's transforms: a ``torch.autograd.Function`` of the style they ask for, with a vmap rule;
-* anything else (compiling, exporting, dispatch modes, tensor subclasses, meta tensors): ``torch.ops.cnnops.X``, which has
-  fake, autograd, vmap and flop rules registered.
+* anything else (compiling, exporting, dispatch modes, tensor subclasses, meta tensors): ``torch.ops.cnnops.X``, which
+  has fake, autograd, vmap and flop rules registered.
 
 Forward-mode AD never reaches an operator (``register_autograd`` would silently return zero tangents): the functions of
 :mod:`cnnops.functional` ask :func:`needs_composite` first and then compute with PyTorch's own differentiable ops.
@@ -135,7 +135,8 @@ def _eager_function(
         setup_context(ctx, args, out)
         return out
 
-    return type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(name, (torch.autograd.Function,), members)
 
 
 def _functorch_function(
@@ -162,7 +163,9 @@ def _autocasting(op: Operator, positions: tuple[int, ...]) -> Callable[..., Any]
     def rule(*args: Any) -> Any:
         dtype = torch.get_autocast_dtype("cpu")
         cast = [
-            a.to(dtype) if i in positions and isinstance(a, Tensor) and a.dtype in KERNEL_DTYPES - {torch.float64} else a
+            a.to(dtype)
+            if i in positions and isinstance(a, Tensor) and a.dtype in KERNEL_DTYPES - {torch.float64}
+            else a
             for i, a in enumerate(args)
         ]
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)):
@@ -185,7 +188,7 @@ def _requires_grad(args: tuple[Any, ...]) -> bool:
 
 
 def supported(*tensors: Tensor | None) -> bool:
-    """Whether the kernels take these tensors: on the CPU (or meta, or fake), strided, of one of the four float dtypes."""
+    """Whether the kernels take these: on the CPU (or meta, or fake), strided, of one of the four float dtypes."""
     return all(
         t is None or (t.dtype in KERNEL_DTYPES and t.device.type in ("cpu", "meta") and t.layout is torch.strided)
         for t in tensors

@@ -23,7 +23,9 @@ def window(
     if min(pad) < 0:
         raise RuntimeError(f"{op}(): padding must not be negative, but got {pad}")
     if pad[0] > kernel[0] // 2 or pad[1] > kernel[1] // 2:
-        raise RuntimeError(f"{op}(): padding must be at most half of kernel_size, but got padding {pad} and kernel_size {kernel}")
+        raise RuntimeError(
+            f"{op}(): padding must be at most half of kernel_size, but got padding {pad} and kernel_size {kernel}"
+        )
     return kernel, step, pad
 
 
@@ -52,12 +54,14 @@ def output_size(
         size, pad, step = x.shape[2 + axis], padding[axis], stride[axis]
         reach = dilation[axis] * (kernel[axis] - 1) + 1
         out = (size + 2 * pad - reach + (step - 1 if ceil_mode else 0)) // step + 1
-        if ceil_mode and (out - 1) * step >= size + pad:  # a window must begin inside the image or the padding before it
+        if (
+            ceil_mode and (out - 1) * step >= size + pad
+        ):  # a window must begin inside the image or its padding before it
             out -= 1
         if out < 1:
             raise RuntimeError(
-                f"{op}(): the kernel of {tuple(kernel)} with dilation {tuple(dilation)} is larger than the padded input: "
-                f"input {list(x.shape)}, padding {tuple(padding)}"
+                f"{op}(): the kernel of {tuple(kernel)} with dilation {tuple(dilation)} is larger than the padded "
+                f"input: input {list(x.shape)}, padding {tuple(padding)}"
             )
         sizes.append(out)
     return sizes[0], sizes[1]

@@ -12,8 +12,15 @@ from ._core import C, Operator, dense, empty, memory_format, needs_composite, su
 from ._pooling import as_images, output_size, window
 
 
-def _kernel(x: Tensor, kernel: list[int], stride: list[int], padding: list[int], ceil_mode: bool,
-            count_include_pad: bool, divisor: int) -> Tensor:
+def _kernel(
+    x: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor: int,
+) -> Tensor:
     y = _fake(x, kernel, stride, padding, ceil_mode, count_include_pad, divisor)
     if y.numel():
         x = dense(x, memory_format(x))
@@ -21,8 +28,15 @@ def _kernel(x: Tensor, kernel: list[int], stride: list[int], padding: list[int],
     return y
 
 
-def _fake(x: Tensor, kernel: list[int], stride: list[int], padding: list[int], ceil_mode: bool,
-          count_include_pad: bool, divisor: int) -> Tensor:
+def _fake(
+    x: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor: int,
+) -> Tensor:
     p, q = output_size("avg_pool2d", x, kernel, stride, padding, (1, 1), ceil_mode)
     return empty((x.shape[0], x.shape[1], p, q), x, memory_format(x))
 
@@ -39,12 +53,25 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 avg_pool2d_op = Operator(
     "avg_pool2d(Tensor x, int[2] kernel, int[2] stride, int[2] padding, bool ceil_mode, bool count_include_pad, "
     "int divisor) -> Tensor",
-    _kernel, _fake, setup_context=_setup, backward=_backward, foldable=(0,),
+    _kernel,
+    _fake,
+    setup_context=_setup,
+    backward=_backward,
+    foldable=(0,),
 )
 
 
-def _backward_kernel(dy: Tensor, h: int, w: int, kernel: list[int], stride: list[int], padding: list[int],
-                     ceil_mode: bool, count_include_pad: bool, divisor: int) -> Tensor:
+def _backward_kernel(
+    dy: Tensor,
+    h: int,
+    w: int,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor: int,
+) -> Tensor:
     dx = _backward_fake(dy, h, w, kernel, stride, padding, ceil_mode, count_include_pad, divisor)
     if dx.numel():
         dy = dense(dy, memory_format(dy))
@@ -67,7 +94,11 @@ def _backward_backward(ctx: Any, ddx: Tensor) -> tuple[Any, ...]:
 avg_pool2d_backward = Operator(
     "avg_pool2d_backward(Tensor dy, SymInt h, SymInt w, int[2] kernel, int[2] stride, int[2] padding, bool ceil_mode, "
     "bool count_include_pad, int divisor) -> Tensor",
-    _backward_kernel, _backward_fake, setup_context=_backward_setup, backward=_backward_backward, foldable=(0,),
+    _backward_kernel,
+    _backward_fake,
+    setup_context=_backward_setup,
+    backward=_backward_backward,
+    foldable=(0,),
 )
 
 

@@ -168,9 +168,7 @@ def _weight_grad_kernel(
     dw = _weight_grad_fake(dy, x, r, s, stride, padding, dilation, groups, channels_last)
     if dw.numel():
         format = _format(x, dy)
-        C.conv2d_weight_grad(
-            dw, dense(dy, format), dense(x, format), stride, padding[::2], dilation, groups, threads()
-        )
+        C.conv2d_weight_grad(dw, dense(dy, format), dense(x, format), stride, padding[::2], dilation, groups, threads())
     return dw
 
 
@@ -257,9 +255,7 @@ def _check(
     if weight.shape[0] % groups or weight.shape[0] < groups:
         raise RuntimeError(f"{op}(): groups={groups} must divide the first dimension of weight, {weight.shape[0]}")
     if input.shape[-3] != in_channels:
-        raise RuntimeError(
-            f"{op}(): expected input with {in_channels} channels (groups={groups}), but got {shapes}"
-        )
+        raise RuntimeError(f"{op}(): expected input with {in_channels} channels (groups={groups}), but got {shapes}")
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != out_channels):
         raise RuntimeError(f"{op}(): expected bias of shape [{out_channels}], but got {list(bias.shape)}")
     for name, t in (("weight", weight), ("bias", bias)):

@@ -1,4 +1,5 @@
-// Errors that reach Python: std::invalid_argument -> ValueError, std::runtime_error -> RuntimeError, TypeError -> TypeError.
+// Errors that reach Python: std::invalid_argument as ValueError, std::runtime_error as RuntimeError, TypeError as
+// TypeError.
 #pragma once
 
 #include <sstream>

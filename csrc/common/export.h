@@ -1,6 +1,6 @@
 // Exports one kernel template as four functions of the namespace of the instruction set being compiled, e.g.
-// CNNOPS_EXPORT(avg_pool2d_forward, AvgPool2dParams, forward) defines cnnops::avx512::avg_pool2d_forward_{f32,f64,bf16,f16}
-// from `template <class T> void forward(const AvgPool2dParams&)`. Nothing else may leave such a source.
+// CNNOPS_EXPORT(avg_pool2d_forward, AvgPool2dParams, forward) defines avg_pool2d_forward_{f32,f64,bf16,f16} in
+// cnnops::avx512 from `template <class T> void forward(const AvgPool2dParams&)`. Nothing else may leave such a source.
 #pragma once
 
 #include "common/dtype.h"

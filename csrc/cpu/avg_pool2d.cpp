@@ -23,8 +23,8 @@ Window window(const AvgPool2dParams& p, int64_t pp, int64_t qq) {
   const int64_t h = pp * p.stride_h - p.pad_h, w = qq * p.stride_w - p.pad_w;
   const int64_t mh = p.count_include_pad ? p.pad_h : 0, mw = p.count_include_pad ? p.pad_w : 0;
   const int64_t cells = p.divisor ? p.divisor : counted(h, p.kernel_h, p.h, mh) * counted(w, p.kernel_w, p.w, mw);
-  return {max64(h, 0), min64(h + p.kernel_h, p.h), max64(w, 0),
-          min64(w + p.kernel_w, p.w), 1.0 / static_cast<double>(cells)};
+  return {max64(h, 0), min64(h + p.kernel_h, p.h), max64(w, 0), min64(w + p.kernel_w, p.w),
+          1.0 / static_cast<double>(cells)};
 }
 
 template <class T>
@@ -84,7 +84,8 @@ void backward(const AvgPool2dParams& p) {
     for (int64_t row = 0; row < rows; ++row) {
       const T* const plane = dy + row / p.h * p.p * p.q;
       const int64_t h = row % p.h;
-      const int64_t p0 = first_window(h, p.pad_h, p.kernel_h, p.stride_h), p1 = last_window(h, p.pad_h, p.stride_h, p.p);
+      const int64_t p0 = first_window(h, p.pad_h, p.kernel_h, p.stride_h),
+                    p1 = last_window(h, p.pad_h, p.stride_h, p.p);
       for (int64_t w = 0; w < p.w; ++w) {
         const int64_t q0 = first_window(w, p.pad_w, p.kernel_w, p.stride_w);
         const int64_t q1 = last_window(w, p.pad_w, p.stride_w, p.q);
@@ -101,7 +102,8 @@ void backward(const AvgPool2dParams& p) {
     for (int64_t row = 0; row < rows; ++row) {
       const T* const image = dy + row / p.h * p.p * p.q * p.c;
       const int64_t h = row % p.h;
-      const int64_t p0 = first_window(h, p.pad_h, p.kernel_h, p.stride_h), p1 = last_window(h, p.pad_h, p.stride_h, p.p);
+      const int64_t p0 = first_window(h, p.pad_h, p.kernel_h, p.stride_h),
+                    p1 = last_window(h, p.pad_h, p.stride_h, p.p);
       for (int64_t w = 0; w < p.w; ++w) {
         const int64_t q0 = first_window(w, p.pad_w, p.kernel_w, p.stride_w);
         const int64_t q1 = last_window(w, p.pad_w, p.stride_w, p.q);

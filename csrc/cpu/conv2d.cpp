@@ -23,11 +23,11 @@
 namespace cnnops::CNNOPS_ISA {
 namespace {
 
-constexpr int64_t kChunk = 128;          // reduction terms between two visits of the accumulators
-constexpr int64_t kBlockPixels = 192;    // with kChunk: 196 KB of packed float32 pixels
-constexpr int64_t kBlockFilters = 256;   // with kBlockPixels: 196 KB of accumulators
-constexpr int64_t kMinFilters = 64;      // smaller blocks would pack the same pixels too often
-constexpr int64_t kWantedTasks = 16;     // enough to balance a few threads; fixed, so that cuts do not depend on threads
+constexpr int64_t kChunk = 128;         // reduction terms between two visits of the accumulators
+constexpr int64_t kBlockPixels = 192;   // with kChunk: 196 KB of packed float32 pixels
+constexpr int64_t kBlockFilters = 256;  // with kBlockPixels: 196 KB of accumulators
+constexpr int64_t kMinFilters = 64;     // smaller blocks would pack the same pixels too often
+constexpr int64_t kWantedTasks = 16;    // enough to balance a few threads; fixed, so that cuts do not depend on threads
 
 // One group of one lattice: everything the tasks read.
 template <class T>
@@ -64,7 +64,8 @@ struct Panels {
   Panels(Layout layout, int64_t channels)
       : count(layout == Layout::nchw ? ceil_div(channels, kTileRows)
                                      : ceil_div(ceil_div(channels, lanes<C>), kTileVecs)),
-        vectors(ceil_div(channels, lanes<C>)), layout(layout) {}
+        vectors(ceil_div(channels, lanes<C>)),
+        layout(layout) {}
   int64_t begin(int64_t panel) const {
     return layout == Layout::nchw ? panel * kTileRows : panel * vectors / count * lanes<C>;
   }
@@ -205,7 +206,8 @@ template <class T>
 void finish_block(const Problem<T>& g, int64_t begin, int64_t pixels, int64_t m0, int64_t m1, const compute_t<T>* sums,
                   int64_t pitch, Run* runs) {
   const Lattice& l = g.lattice;
-  const bool whole_planes = l.osh == 1 && l.osw == 1 && l.columns * l.rows * g.out.w == (g.layout == Layout::nchw ? g.out.c : g.out.n);
+  const bool whole_planes =
+      l.osh == 1 && l.osw == 1 && l.columns * l.rows * g.out.w == (g.layout == Layout::nchw ? g.out.c : g.out.n);
   const int64_t rows = whole_planes ? 1 : l.rows, columns = whole_planes ? l.rows * l.columns : l.columns;
   const int64_t run_count = find_runs(rows, columns, begin, pixels, pixels, runs);
   for (int64_t r = 0; r < run_count; ++r) {
@@ -264,7 +266,8 @@ void compute_block(const Problem<T>& g, const Panels<compute_t<T>>& panels, cons
         const int row_count = static_cast<int>(min64(kTileRows, m1 - m));
         for (int64_t at = 0; at < pixels; at += kColumns) {
           const int vecs = static_cast<int>(min64(kTileVecs, ceil_div(pixels - at, lanes<C>)));
-          gemm_tile<C>(row_count, vecs, rows, packed + at * terms, kColumns, terms, sums + (m - m0) * pitch + at, pitch, add);
+          gemm_tile<C>(row_count, vecs, rows, packed + at * terms, kColumns, terms, sums + (m - m0) * pitch + at, pitch,
+                       add);
         }
       }
     } else {
@@ -370,9 +373,9 @@ void run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
       mine.output = static_cast<T*>(transposed ? p.x : p.y) + first_channel * g.out.c;
       mine.residual = p.residual ? static_cast<const T*>(p.residual) + first_channel * g.out.c : nullptr;
       mine.bias = p.bias ? static_cast<const T*>(p.bias) + first_channel : nullptr;
-      compute_block(mine, panels, packed_weights.data + group * group_weights, begin, min64(block_pixels, pixels - begin),
-                    panels.count * filter_block / filter_blocks, panels.count * (filter_block + 1) / filter_blocks, packed,
-                    packed + packed_size);
+      compute_block(mine, panels, packed_weights.data + group * group_weights, begin,
+                    min64(block_pixels, pixels - begin), panels.count * filter_block / filter_blocks,
+                    panels.count * (filter_block + 1) / filter_blocks, packed, packed + packed_size);
     }
   }
 }
@@ -391,19 +394,19 @@ void input_grad(const Conv2dParams& p) {
 
 // ---- Gradient of the weights -----------------------------------------------------------------------------------------
 
-constexpr int64_t kGradPixels = 256;    // pixels of a chunk, at least one row
-constexpr int64_t kGradChannels = 64;   // input channels of a task
-constexpr int64_t kGradFilters = 192;   // output channels of a task: with the chunk, 196 KB of dy
+constexpr int64_t kGradPixels = 256;   // pixels of a chunk, at least one row
+constexpr int64_t kGradChannels = 64;  // input channels of a task
+constexpr int64_t kGradFilters = 192;  // output channels of a task: with the chunk, 196 KB of dy
 constexpr int64_t kMaxSlices = 32;
 
 struct GradPlan {
-  int64_t channels, filters;        // per task, at most
+  int64_t channels, filters;  // per task, at most
   int64_t channel_blocks, filter_blocks, slices;
-  int64_t rows;                     // output rows of a chunk
-  int64_t chunks;                   // of all images
+  int64_t rows;    // output rows of a chunk
+  int64_t chunks;  // of all images
   int64_t strip_rows, strip_columns;
-  int64_t terms;                    // channels per group * taps
-  int64_t filter_pitch;             // of a partial sum: output channels of a group, in whole vectors
+  int64_t terms;         // channels per group * taps
+  int64_t filter_pitch;  // of a partial sum: output channels of a group, in whole vectors
 };
 
 template <class C>
@@ -462,8 +465,8 @@ void copy_strip(const Conv2dParams& p, const GradPlan& g, int64_t n, int64_t row
 
 // dy of the same rows as [pixel][filter], filters up to a whole number of vectors with zeros.
 template <class T>
-void copy_filters(const Conv2dParams& p, int64_t n, int64_t row, int64_t rows, int64_t k0, int64_t filters, int64_t pitch,
-                  compute_t<T>* out) {
+void copy_filters(const Conv2dParams& p, int64_t n, int64_t row, int64_t rows, int64_t k0, int64_t filters,
+                  int64_t pitch, compute_t<T>* out) {
   using C = compute_t<T>;
   const int64_t pixels = rows * p.q;
   const Strides dy = strides_of(p.layout, p.k, p.p, p.q);
@@ -584,7 +587,8 @@ void bias_grad(const Conv2dParams& p) {
         for (int64_t i0 = 0; i0 < plane; i0 += 64 * lanes<C>) {
           const int64_t i1 = min64(i0 + 64 * lanes<C>, plane);
           vec<C> sum = {};
-          for (int64_t i = i0; i < i1; i += lanes<C>) sum += load_n(source + i, static_cast<int>(min64(i1 - i, lanes<C>)));
+          for (int64_t i = i0; i < i1; i += lanes<C>)
+            sum += load_n(source + i, static_cast<int>(min64(i1 - i, lanes<C>)));
           for (int j = 0; j < lanes<C>; ++j) total += sum[j];
         }
       }

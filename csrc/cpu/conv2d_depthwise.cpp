@@ -16,7 +16,8 @@ namespace cnnops::CNNOPS_ISA {
 namespace {
 
 template <class T>
-[[gnu::always_inline]] inline void finish(vec<compute_t<T>> z, const T* residual, Activation activation, T* out, int part) {
+[[gnu::always_inline]] inline void finish(vec<compute_t<T>> z, const T* residual, Activation activation, T* out,
+                                          int part) {
   if (residual) z += load_n(residual, part);
   if (activation != Activation::none) z = activate<compute_t<T>>(z, activation);
   store_n(out, z, part);
@@ -27,7 +28,8 @@ template <class T>
 void pack_filters(const Conv2dParams& p, const Tap* taps, int64_t count, compute_t<T>* packed) {
   const T* const weight = static_cast<const T*>(p.weight);
   for (int64_t t = 0; t < count; ++t)
-    for (int64_t c = 0; c < p.c; ++c) packed[t * p.c + c] = load_scalar(weight[c * p.weight_stride[0] + taps[t].weight]);
+    for (int64_t c = 0; c < p.c; ++c)
+      packed[t * p.c + c] = load_scalar(weight[c * p.weight_stride[0] + taps[t].weight]);
 }
 
 // ---- channels_last ---------------------------------------------------------------------------------------------------
@@ -37,15 +39,15 @@ constexpr int kPixels = 4;
 template <class T>
 struct RowNhwc {
   using C = compute_t<T>;
-  const T* in;         // image n
+  const T* in;  // image n
   int64_t in_h, in_w, channels;
-  const C* filters;    // [tap][channel]
+  const C* filters;  // [tap][channel]
   const Tap* taps;
   Lattice lattice;
   const T* bias;
-  const T* residual;   // of the row; null: none
+  const T* residual;  // of the row; null: none
   Activation activation;
-  T* out;              // of the row
+  T* out;                           // of the row
   int64_t inner_first, inner_last;  // the j for which all taps lie inside, by column
 
   // Pixels j .. j + kCount - 1 of row i. kInside: no tap leaves the image by column.
@@ -191,10 +193,14 @@ void weight_grad_nhwc(const Conv2dParams& p) {
           for (int64_t s = 0; s < p.s;) {
             C* const to = sums + (r * p.s + s) * p.c;
             const int64_t left = p.s - s;
-            if (left >= 7) weight_grad_row_nhwc<7>(p, dy, x, s, c0, c1, to), s += 7;
-            else if (left >= 5) weight_grad_row_nhwc<5>(p, dy, x, s, c0, c1, to), s += 5;
-            else if (left >= 3) weight_grad_row_nhwc<3>(p, dy, x, s, c0, c1, to), s += 3;
-            else weight_grad_row_nhwc<1>(p, dy, x, s, c0, c1, to), s += 1;
+            if (left >= 7)
+              weight_grad_row_nhwc<7>(p, dy, x, s, c0, c1, to), s += 7;
+            else if (left >= 5)
+              weight_grad_row_nhwc<5>(p, dy, x, s, c0, c1, to), s += 5;
+            else if (left >= 3)
+              weight_grad_row_nhwc<3>(p, dy, x, s, c0, c1, to), s += 3;
+            else
+              weight_grad_row_nhwc<1>(p, dy, x, s, c0, c1, to), s += 1;
           }
         }
       }
@@ -220,10 +226,10 @@ void weight_grad_nhwc(const Conv2dParams& p) {
 // pitch are computed and thrown away.
 template <class C>
 struct Plane {
-  int64_t top, left;                   // image pixel (h, w) is row h + top, column w + left of the padded plane
+  int64_t top, left;  // image pixel (h, w) is row h + top, column w + left of the padded plane
   int64_t step_h, step_w;
-  int64_t pitch, phase_h, phase_w;     // elements from row to row of a phase, and from phase to phase
-  int64_t pixels;                      // of the lattice, flattened: rows * pitch
+  int64_t pitch, phase_h, phase_w;  // elements from row to row of a phase, and from phase to phase
+  int64_t pixels;                   // of the lattice, flattened: rows * pitch
   int64_t size;
 
   Plane(const Lattice& l, const Tap* taps, int64_t in_h, int64_t in_w) : step_h(l.ish), step_w(l.isw) {
@@ -404,16 +410,21 @@ void weight_grad_nchw(const Conv2dParams& p) {
               const int64_t left = count - t;
               const int64_t* const base = bases.data + t;
               C* const to = sums + t * lanes<C>;
-              if (left >= 9) correlate<9>(dy, length, x, base, to), t += 9;
-              else if (left >= 5) correlate<5>(dy, length, x, base, to), t += 5;
-              else if (left >= 3) correlate<3>(dy, length, x, base, to), t += 3;
-              else correlate<1>(dy, length, x, base, to), t += 1;
+              if (left >= 9)
+                correlate<9>(dy, length, x, base, to), t += 9;
+              else if (left >= 5)
+                correlate<5>(dy, length, x, base, to), t += 5;
+              else if (left >= 3)
+                correlate<3>(dy, length, x, base, to), t += 3;
+              else
+                correlate<1>(dy, length, x, base, to), t += 1;
             }
           }
           for (int64_t i = 0; i < count * lanes<C>; ++i) total[i / lanes<C>] += sums[i];
         }
         for (int64_t t = 0; t < count; ++t)
-          store_scalar(static_cast<T*>(p.weight) + c * p.weight_stride[0] + taps.data[t].weight, static_cast<C>(total[t]));
+          store_scalar(static_cast<T*>(p.weight) + c * p.weight_stride[0] + taps.data[t].weight,
+                       static_cast<C>(total[t]));
       }
     }
   });

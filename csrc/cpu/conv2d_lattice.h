@@ -66,8 +66,8 @@ void input_grad_lattices(const Conv2dParams& p, Tap* taps, const Visit& visit) {
           if (dh % p.stride_h || dw % p.stride_w) continue;
           taps[count++] = {dh / p.stride_h, dw / p.stride_w, r * p.weight_stride[2] + s * p.weight_stride[3]};
         }
-      visit(Lattice{h0, w0, p.stride_h, p.stride_w, ceil_div(p.h - h0, p.stride_h), ceil_div(p.w - w0, p.stride_w), 1, 1,
-                    count},
+      visit(Lattice{h0, w0, p.stride_h, p.stride_w, ceil_div(p.h - h0, p.stride_h), ceil_div(p.w - w0, p.stride_w), 1,
+                    1, count},
             taps);
     }
 }

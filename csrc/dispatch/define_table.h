@@ -24,7 +24,7 @@ std::span<const KernelRow<CNNOPS_PARAMS>> table<CNNOPS_PARAMS>() {
 
 namespace {
 const Registration registration{[] { return describe(CNNOPS_OP, table<CNNOPS_PARAMS>()); }};
-}
+}  // namespace
 #undef CNNOPS_OP
 #undef CNNOPS_PARAMS
 #undef CNNOPS_TABLE

@@ -1,5 +1,5 @@
-// The part of DLPack 1.3's C ABI that the extension uses (https://dmlc.github.io/dlpack/latest/c_api.html), declared here
-// so that building needs no torch headers.
+// The part of DLPack 1.3's C ABI that the extension uses (https://dmlc.github.io/dlpack/latest/c_api.html), declared
+// here so that building needs no torch headers.
 #pragma once
 
 #include <cstdint>

@@ -52,7 +52,10 @@ std::string missing_avx2(const Cpu& cpu) {
 
 std::string missing_avx512(const Cpu& cpu) {
   if (std::string why = missing_avx2(cpu); !why.empty()) return why;
-  constexpr struct { int bit; const char* name; } kNeeded[] = {{16, "F"}, {17, "DQ"}, {30, "BW"}, {31, "VL"}};
+  constexpr struct {
+    int bit;
+    const char* name;
+  } kNeeded[] = {{16, "F"}, {17, "DQ"}, {30, "BW"}, {31, "VL"}};
   for (const auto& part : kNeeded)
     if (!(cpu.leaf7_ebx >> part.bit & 1)) return std::string("the CPU has no AVX-512") + part.name;
   if (!cpu.state(kStateZmm)) return "the operating system does not save the ZMM registers";

@@ -1,6 +1,6 @@
-// The kernel table of an op: one row per instruction set (or device), dtype and pass, best first. csrc/ops/<op>.inc lists
-// the rows; the first row that the CPU, the user's limit, the dtype and the problem allow is run. Python sees every row
-// (cnnops._C.kernels()) and can name one by its index, which is how tests and benchmarks reach all of them.
+// The kernel table of an op: one row per instruction set (or device), dtype and pass, best first. csrc/ops/<op>.inc
+// lists the rows; the first row that the CPU, the user's limit, the dtype and the problem allow is run. Python sees
+// every row (cnnops._C.kernels()) and can name one by its index, which is how tests and benchmarks reach all of them.
 #pragma once
 
 #include <cstring>
@@ -12,12 +12,12 @@
 #include "common/dtype.h"
 #include "dispatch/isa.h"
 
-// In an .inc file: CNNOPS_KERNEL(pass, isa, dtype, function, accepts), where `accepts` is a predicate on the Params, and
-// CNNOPS_KERNELS(pass, isa, function, accepts) for the four dtypes at once.
-#define CNNOPS_KERNELS(pass, isa, function, accepts)           \
-  CNNOPS_KERNEL(pass, isa, f32, function##_f32, accepts)       \
-  CNNOPS_KERNEL(pass, isa, f64, function##_f64, accepts)       \
-  CNNOPS_KERNEL(pass, isa, bf16, function##_bf16, accepts)     \
+// In an .inc file: CNNOPS_KERNEL(pass, isa, dtype, function, accepts), where `accepts` is a predicate on the Params,
+// and CNNOPS_KERNELS(pass, isa, function, accepts) for the four dtypes at once.
+#define CNNOPS_KERNELS(pass, isa, function, accepts)       \
+  CNNOPS_KERNEL(pass, isa, f32, function##_f32, accepts)   \
+  CNNOPS_KERNEL(pass, isa, f64, function##_f64, accepts)   \
+  CNNOPS_KERNEL(pass, isa, bf16, function##_bf16, accepts) \
   CNNOPS_KERNEL(pass, isa, f16, function##_f16, accepts)
 #if CNNOPS_X86
 #define CNNOPS_KERNELS_X86(pass, isa, function, accepts) CNNOPS_KERNELS(pass, isa, function, accepts)
@@ -25,10 +25,10 @@
 #define CNNOPS_KERNELS_X86(pass, isa, function, accepts)
 #endif
 // A generic kernel at every level, and its reference.
-#define CNNOPS_KERNELS_ALL(pass, function, accepts)          \
-  CNNOPS_KERNELS_X86(pass, avx512, function, accepts)        \
-  CNNOPS_KERNELS_X86(pass, avx2, function, accepts)          \
-  CNNOPS_KERNELS(pass, baseline, function, accepts)          \
+#define CNNOPS_KERNELS_ALL(pass, function, accepts)   \
+  CNNOPS_KERNELS_X86(pass, avx512, function, accepts) \
+  CNNOPS_KERNELS_X86(pass, avx2, function, accepts)   \
+  CNNOPS_KERNELS(pass, baseline, function, accepts)   \
   CNNOPS_KERNELS(pass, reference, function, accepts)
 
 namespace cnnops {
@@ -80,8 +80,7 @@ const KernelRow<Params>& select(std::span<const KernelRow<Params>> table, const 
                  " in ", name(dtype));
     CNNOPS_CHECK(usable(chosen.isa), std::runtime_error, "kernel: row ", row, " needs ", name(chosen.isa),
                  ", which cannot be used here");
-    CNNOPS_CHECK(chosen.accepts(params), NotApplicable, "kernel: ", chosen.function,
-                 " does not take this problem");
+    CNNOPS_CHECK(chosen.accepts(params), NotApplicable, "kernel: ", chosen.function, " does not take this problem");
     return chosen;
   }
   for (const auto& candidate : table)
@@ -99,8 +98,8 @@ std::vector<KernelInfo> describe(const char* op, std::span<const KernelRow<Param
     bool selected = row.isa != Isa::reference && usable(row.isa) && row.accepts == &any<Params>;
     for (size_t j = 0; j < i && selected; ++j)
       selected = !(rows[j].selected && rows[j].pass == row.pass && rows[j].dtype == name(row.dtype));
-    rows.push_back({op, row.pass, name(row.isa), name(row.dtype), row.function, static_cast<int>(i),
-                    usable(row.isa), selected});
+    rows.push_back(
+        {op, row.pass, name(row.isa), name(row.dtype), row.function, static_cast<int>(i), usable(row.isa), selected});
   }
   return rows;
 }

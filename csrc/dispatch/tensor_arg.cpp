@@ -36,7 +36,8 @@ DType dtype_of(dlpack::DataType type) {
 
 Tensor from_buffer(PyObject* object) {
   Py_buffer view;
-  if (PyObject_GetBuffer(object, &view, PyBUF_STRIDES | PyBUF_FORMAT | PyBUF_WRITABLE) != 0) throw py::error_already_set();
+  if (PyObject_GetBuffer(object, &view, PyBUF_STRIDES | PyBUF_FORMAT | PyBUF_WRITABLE) != 0)
+    throw py::error_already_set();
   Tensor out;
   out.data = view.buf;
   out.ndim = view.ndim;
@@ -92,7 +93,8 @@ const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
   const auto* api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
   Py_DECREF(capsule);
   if (!api) throw py::error_already_set();
-  while (api && api->header.version.major != 1) api = reinterpret_cast<const dlpack::ExchangeApi*>(api->header.prev_api);
+  while (api && api->header.version.major != 1)
+    api = reinterpret_cast<const dlpack::ExchangeApi*>(api->header.prev_api);
   CNNOPS_CHECK(api, TypeError, type->tp_name, " offers no DLPack C exchange API of major version 1");
   for (Known& k : known) {
     if (k.type) continue;

@@ -1,5 +1,5 @@
-// Tensors from Python: through the DLPack C exchange API where the type offers it (torch >= 2.11), else through the buffer
-// protocol (NumPy arrays, so that kernels can be tested without torch). Nothing is copied, nothing is owned.
+// Tensors from Python: through the DLPack C exchange API where the type offers it (torch >= 2.11), else through the
+// buffer protocol (NumPy arrays, so that kernels can be tested without torch). Nothing is copied, nothing is owned.
 #pragma once
 
 #include <pybind11/pybind11.h>

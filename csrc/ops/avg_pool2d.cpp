@@ -24,9 +24,9 @@ AvgPool2dParams validate(const char* op, const Tensor& in, const Tensor& out, co
   CNNOPS_CHECK(p.kernel_h > 0 && p.kernel_w > 0 && p.stride_h > 0 && p.stride_w > 0, std::invalid_argument, op,
                ": kernel_size and stride must be positive");
   // Every window begins inside the image or its padding before it.
-  CNNOPS_CHECK(p.pad_h >= 0 && p.pad_w >= 0 && (p.p - 1) * p.stride_h < p.h + p.pad_h &&
-                   (p.q - 1) * p.stride_w < p.w + p.pad_w,
-               std::invalid_argument, op, ": an output of ", p.p, " x ", p.q, " is too large for the input");
+  CNNOPS_CHECK(
+      p.pad_h >= 0 && p.pad_w >= 0 && (p.p - 1) * p.stride_h < p.h + p.pad_h && (p.q - 1) * p.stride_w < p.w + p.pad_w,
+      std::invalid_argument, op, ": an output of ", p.p, " x ", p.q, " is too large for the input");
   p.count_include_pad = count_include_pad;
   p.divisor = divisor;
   p.in = in.data;
@@ -44,7 +44,8 @@ void forward(const Tensor& y, const Tensor& x, std::array<int64_t, 2> kernel_siz
 void backward(const Tensor& dx, const Tensor& dy, std::array<int64_t, 2> kernel_size, std::array<int64_t, 2> stride,
               std::array<int64_t, 2> padding, bool count_include_pad, int64_t divisor, int threads, int kernel) {
   run(table<AvgPool2dParams>(), "backward", dx.dtype,
-      validate("avg_pool2d_backward", dy, dx, dx, dy, kernel_size, stride, padding, count_include_pad, divisor, threads),
+      validate("avg_pool2d_backward", dy, dx, dx, dy, kernel_size, stride, padding, count_include_pad, divisor,
+               threads),
       kernel);
 }
 

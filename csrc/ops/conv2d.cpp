@@ -28,8 +28,8 @@ Conv2dParams validate(const char* op, const Tensor& x, const Tensor& weight, con
   Conv2dParams p{};
   p.layout = common_layout(op, x.dtype, {{"input", &x}, {"output", &y}});
   CNNOPS_CHECK(weight.device == Device::cpu && weight.dtype == x.dtype && weight.ndim == 4, std::runtime_error, op,
-               ": expected weight in ", name(x.dtype), " with 4 dimensions on the CPU, but it is ",
-               shape_text(weight), " in ", name(weight.dtype));
+               ": expected weight in ", name(x.dtype), " with 4 dimensions on the CPU, but it is ", shape_text(weight),
+               " in ", name(weight.dtype));
   p.n = x.shape[0], p.c = x.shape[1], p.h = x.shape[2], p.w = x.shape[3];
   p.k = weight.shape[0], p.r = weight.shape[2], p.s = weight.shape[3];
   p.p = y.shape[2], p.q = y.shape[3];
@@ -75,8 +75,8 @@ void forward(const Tensor& y, const Tensor& x, const Tensor& weight, const std::
   run(table<Conv2dParams>(), "forward", x.dtype, p, kernel);
 }
 
-void input_grad(const Tensor& dx, const Tensor& dy, const Tensor& weight, const std::optional<Tensor>& bias, Pair stride,
-                Pair padding, Pair dilation, int64_t groups, int threads, int kernel) {
+void input_grad(const Tensor& dx, const Tensor& dy, const Tensor& weight, const std::optional<Tensor>& bias,
+                Pair stride, Pair padding, Pair dilation, int64_t groups, int threads, int kernel) {
   constexpr const char* kOp = "conv2d_input_grad";
   Conv2dParams p = validate(kOp, dx, weight, dy, {stride, padding, dilation, groups}, threads);
   p.bias = optional_vector(kOp, "bias", bias, dx.dtype, p.c);
@@ -85,8 +85,7 @@ void input_grad(const Tensor& dx, const Tensor& dy, const Tensor& weight, const 
 
 void weight_grad(const Tensor& dw, const Tensor& dy, const Tensor& x, Pair stride, Pair padding, Pair dilation,
                  int64_t groups, int threads, int kernel) {
-  const Conv2dParams p =
-      validate("conv2d_weight_grad", x, dw, dy, {stride, padding, dilation, groups}, threads);
+  const Conv2dParams p = validate("conv2d_weight_grad", x, dw, dy, {stride, padding, dilation, groups}, threads);
   run(table<Conv2dParams>(), "weight_grad", x.dtype, p, kernel);
 }
 

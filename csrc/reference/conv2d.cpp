@@ -10,8 +10,7 @@ namespace {
 template <class T>
 double weight_at(const Conv2dParams& p, int64_t k, int64_t c, int64_t r, int64_t s) {
   const int64_t* const stride = p.weight_stride;
-  return load_scalar(
-      static_cast<const T*>(p.weight)[k * stride[0] + c * stride[1] + r * stride[2] + s * stride[3]]);
+  return load_scalar(static_cast<const T*>(p.weight)[k * stride[0] + c * stride[1] + r * stride[2] + s * stride[3]]);
 }
 
 template <class T>

@@ -71,7 +71,8 @@ void gemm_tile(const Rows a, const C* b, int64_t b_step, int64_t len, C* c, int6
 
 // The tile for 1 <= rows <= kTileRows and 1 <= vecs <= kTileVecs.
 template <class C, class Rows>
-void gemm_tile(int rows, int vecs, const Rows& a, const C* b, int64_t b_step, int64_t len, C* c, int64_t ldc, bool add) {
+void gemm_tile(int rows, int vecs, const Rows& a, const C* b, int64_t b_step, int64_t len, C* c, int64_t ldc,
+               bool add) {
 #define CNNOPS_TILE(r, v) \
   case r * 4 + v: return gemm_tile<r, v>(a, b, b_step, len, c, ldc, add);
 #if CNNOPS_ISA_avx512

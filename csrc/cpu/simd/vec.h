@@ -1,6 +1,7 @@
 // One small vector type per instruction set, on the compilers' vector extensions: vec<float> and vec<double> have
-// + - * / and comparisons (a lane mask, used as `mask ? a : b`) from the language; this adds loads and stores that convert
-// from and to the storage types, partial ones for tails, and fused multiply-add. Everything has internal linkage.
+// + - * / and comparisons (a lane mask, used as `mask ? a : b`) from the language; this adds loads and stores that
+// convert from and to the storage types, partial ones for tails, and fused multiply-add. Everything has internal
+// linkage.
 #pragma once
 
 #include <cstdint>

@@ -1,0 +1,73 @@
+# Everything runs in .venv, which is made on first use; the package is built again when its sources change.
+#   make demo    train a CNN on real digits with cnnops and with plain PyTorch, and a short benchmark
+#   make test    the tests               make test PYTEST="-k conv2d -x"
+#   make lint    ruff, mypy, clang-format         make format   apply what ruff and clang-format want
+#   make bench   every layer suite       make bench BENCH="--suite vgg16 --batch 16"
+#   make wheel   a wheel in dist/        make stub     cnnops/_C.pyi from the built extension
+#   make gpu     the tests on a CUDA device
+#   make clean   remove .venv and every build output
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST ?=
+BENCH ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/constraints.txt
+PACKAGE := pyproject.toml CMakeLists.txt README.md LICENSE \
+  $(shell find cmake csrc cnnops -type f ! -name '*.so' ! -name '*.pyc')
+CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.DELETE_ON_ERROR:
+.PHONY: demo test lint format bench wheel stub gpu clean
+
+demo: $(VENV)/installed
+	$(BIN)/python examples/train_mnist.py --out out
+	$(BIN)/cnnops bench --suite resnet50 --filter layer1 --batch 1
+	@cat out/train_mnist.txt
+
+test: $(VENV)/installed
+	$(BIN)/pytest $(PYTEST)
+
+lint: $(VENV)/lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+	$(BIN)/mypy
+
+format: $(VENV)/lint
+	$(BIN)/ruff check --fix --exit-zero .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+bench: $(VENV)/installed
+	$(BIN)/cnnops bench $(BENCH)
+
+wheel: $(VENV)/python
+	$(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --wheel-dir dist .
+
+stub: $(VENV)/installed $(VENV)/lint
+	$(BIN)/python tools/stub.py > $(VENV)/_C.pyi
+	$(BIN)/ruff format $(VENV)/_C.pyi
+	mv $(VENV)/_C.pyi cnnops/_C.pyi
+
+gpu:
+	@echo "make gpu: cnnops has no CUDA kernels yet; everything runs on the CPU" >&2
+	@exit 1
+
+clean:
+	rm -rf $(VENV) build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/python:
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'cnnops needs Python 3.10 or newer: make PYTHON=python3.x')"
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/lint: $(VENV)/python requirements/lint.txt requirements/constraints.txt
+	$(PIP) -r requirements/lint.txt
+	@touch $@
+
+# Without build isolation, so that build/ stays valid from one build to the next.
+$(VENV)/installed: $(VENV)/python requirements/build.txt requirements/constraints.txt $(PACKAGE)
+	$(PIP) -r requirements/build.txt
+	$(PIP) --no-build-isolation '.[test,bench,examples]'
+	@touch $@

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from . import functional as functional
     from . import memory as memory
     from . import nn as nn
+    from ._info import info as info
+    from ._summary import summary as summary
     from .convert import convert_ as convert_
     from .convert import revert_ as revert_
-    from .info import info as info
     from .patch import patch_aten as patch_aten
 
 _MODULES = ("functional", "memory", "nn")
@@ -28,7 +29,8 @@ _NAMES = {
     "convert_": "convert",
     "revert_": "convert",
     "patch_aten": "patch",
-    "info": "info",
+    "info": "_info",  # not info.py: importing a submodule of that name would hide the function
+    "summary": "_summary",
 }
 
 __all__ = [*_MODULES, *_NAMES, "__version__"]

@@ -9,6 +9,7 @@ namespace cnnops {
 void bind_avg_pool2d(py::module_&);
 void bind_conv2d(py::module_&);
 void bind_memory(py::module_&);
+void bind_peak(py::module_&);
 
 namespace {
 
@@ -47,6 +48,7 @@ PYBIND11_MODULE(_C, m) {
   bind_avg_pool2d(m);
   bind_conv2d(m);
   bind_memory(m);
+  bind_peak(m);
 }
 
 }  // namespace cnnops

@@ -233,3 +233,18 @@ def _conv2d_bias_grad() -> Iterator[Callable]:
     for format in FORMATS:
         for shape in ((2, 3, 9, 11), (1, 37, 20, 20), (3, 64, 1, 1)):
             yield partial(run, shape=shape, format=format)
+
+
+@problem("peak", "fma")
+def _peak_fma() -> Iterator[Callable]:
+    def run(dtype: torch.dtype, row: int, threads: int, iterations: int) -> Check:
+        x = torch.randint(-8, 9, (threads, 192)).to(dtype)
+        y = empty(threads, 192, dtype=dtype)
+        C.peak_fma(y, x, 0.5, 1.0, iterations, threads, kernel=row)
+        expected = x.double()
+        for _ in range(iterations):
+            expected = expected * 0.5 + 1
+        return Check(y, expected)
+
+    for threads, iterations in ((1, 0), (1, 1), (2, 5), (3, 8)):
+        yield partial(run, threads=threads, iterations=iterations)

@@ -1,0 +1,152 @@
+"""Goes through the entries: builds, checks, then times or measures errors."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .._info import info
+from . import suites
+from .cases import DTYPES, Case, build, passes
+from .check import verify
+from .suites import Layer
+from .timing import copy_bandwidth, fma_peak, in_turn
+
+BACKWARD = ("backward", "backward-input", "backward-weight")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is timed: a layer, a pass, a dtype, a layout, a batch size."""
+
+    suite: str
+    layer: Layer
+    pass_: str
+    dtype: str
+    layout: str
+    batch: int
+
+    def key(self) -> dict[str, Any]:
+        return {
+            "suite": self.suite,
+            "layer": self.layer.text,
+            "op": self.layer.op,
+            "count": self.layer.count,
+            "pass": self.pass_,
+            "dtype": self.dtype,
+            "layout": self.layout,
+            "batch": self.batch,
+        }
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run the entries."""
+
+    warmup: int = 2
+    repeats: int = 7
+    min_time: float = 0.2
+    accuracy: bool = False
+    data: str = "normal"
+    seed: int = 0
+
+
+def select(
+    names: Sequence[str],
+    filters: Sequence[str],
+    ops: Sequence[str],
+    wanted_passes: Sequence[str],
+    dtypes: Sequence[str],
+    layouts: Sequence[str],
+    batches: Sequence[int],
+) -> list[Entry]:
+    """The entries that the options name. The pass "backward" stands for every gradient, "all" for everything."""
+    entries = []
+    for suite in names:
+        for layer in suites.load(suite):
+            if (ops and layer.op not in ops) or not suites.matches(layer, filters):
+                continue
+            for pass_ in passes(layer):
+                if not {pass_, "all", *(("backward",) if pass_ in BACKWARD else ())} & set(wanted_passes):
+                    continue
+                for dtype in dtypes:
+                    for layout in layouts:
+                        entries += [Entry(suite, layer, pass_, dtype, layout, batch) for batch in batches]
+    return entries
+
+
+def environment(entries: Iterable[Entry]) -> dict[str, Any]:
+    """The machine and the versions, and its peaks measured now."""
+    threads = torch.get_num_threads()
+    found = info()
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "cnnops": found["version"],
+        "compiler": found["build"]["compiler"],
+        "torch": found["torch"]["version"],
+        "torch_cpu_capability": found["torch"]["cpu_capability"],
+        "python": platform.python_version(),
+        "system": platform.system() + " " + platform.release(),
+        "cpu": found["cpu"]["model"],
+        "cores": found["cpu"]["cores"],
+        "isa": found["cpu"]["isa"],
+        "threads": threads,
+        "device": "cpu",
+        "warnings": found["warnings"],
+        "fma_gflops": {d: fma_peak(DTYPES[d], threads) / 1e9 for d in dict.fromkeys(e.dtype for e in entries)},
+        "copy_gbps": copy_bandwidth() / 1e9,
+    }
+
+
+def run(entries: Sequence[Entry], options: Options, machine: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """One result per entry, as it will stand in the JSON. ``status`` is ok, wrong (never timed) or error."""
+    for entry in entries:
+        result: dict[str, Any] = {**entry.key(), "status": "ok", "message": ""}
+        try:
+            case = build(
+                entry.layer, entry.pass_, DTYPES[entry.dtype], entry.layout, entry.batch, options.data, options.seed
+            )
+            verdict = verify(case.parts(case.ours()))
+        except Exception as error:
+            result.update(status="error", message=f"{type(error).__name__}: {error}".splitlines()[0])
+            yield result
+            continue
+        result["check"] = {"rms": verdict.rms, "worst": verdict.worst}
+        if verdict.wrong:
+            result.update(status="wrong", message=verdict.wrong)
+        elif options.accuracy:
+            result.update(_errors(case, verdict.rms, verdict.worst))
+        else:
+            result.update(_times(case, entry, options, machine))
+        del case
+        yield result
+
+
+def _errors(case: Case, rms: float, worst: float) -> dict[str, Any]:
+    # The same parts of the same data: both sides' results are drawn before, and each is held against them.
+    theirs = verify(case.parts(case.theirs()))
+    ratio = rms / theirs.rms if theirs.rms else (1.0 if rms == 0 else float("inf"))
+    return {"pytorch_check": {"rms": theirs.rms, "worst": theirs.worst}, "error_ratio": ratio}
+
+
+def _times(case: Case, entry: Entry, options: Options, machine: dict[str, Any]) -> dict[str, Any]:
+    ours, theirs, ratio = in_turn(case.ours, case.theirs, options.warmup, options.repeats, options.min_time)
+    gbps = case.bytes / ours.median / 1e9
+    found: dict[str, Any] = {
+        "ours": ours.to_dict(),
+        "pytorch": theirs.to_dict(),
+        "ratio": ratio,
+        "bytes": case.bytes,
+        "flops": case.flops,
+        "gbps": gbps,
+        "copy_percent": 100 * gbps / machine["copy_gbps"],
+    }
+    if case.flops is not None:
+        found["gflops"] = case.flops / ours.median / 1e9
+        found["fma_percent"] = 100 * found["gflops"] / machine["fma_gflops"][entry.dtype]
+    return found

@@ -1,0 +1,97 @@
+"""Times calls in turn, and measures what the machine can do at most."""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from .._lib import C
+
+MIN_SAMPLE = 1e-3  # seconds; shorter calls are timed several at once
+MAX_ROUNDS = 1000
+
+
+@dataclass
+class Times:
+    """Seconds per call. ``spread`` is the distance between the quartiles over the median."""
+
+    median: float
+    spread: float
+    best: float
+    samples: int
+
+    @staticmethod
+    def of(samples: Sequence[float]) -> Times:
+        median = statistics.median(samples)
+        low, _, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else (median,) * 3
+        return Times(median, (high - low) / median, min(samples), len(samples))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def in_turn(
+    first: Callable[[], Any], second: Callable[[], Any], warmup: int, repeats: int, min_time: float
+) -> tuple[Times, Times, float]:
+    """Times of both, and how often faster the first is: the median over the rounds of second / first, which noise that
+    slows a whole round does not move. Each round times both, in alternating order, until there are ``repeats`` rounds
+    and ``min_time`` seconds have passed. Data stays where the caches keep it from call to call.
+    """
+    calls = (first, second)
+    loops = []
+    for call in calls:
+        for _ in range(warmup):
+            call()
+        start = time.perf_counter()
+        call()
+        loops.append(max(1, math.ceil(MIN_SAMPLE / max(time.perf_counter() - start, 1e-7))))
+    samples: tuple[list[float], list[float]] = ([], [])
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        began = time.perf_counter()
+        while len(samples[0]) < repeats or time.perf_counter() - began < min_time:
+            for i in (0, 1) if len(samples[0]) % 2 == 0 else (1, 0):
+                call, count = calls[i], loops[i]
+                start = time.perf_counter()
+                for _ in range(count):
+                    call()
+                samples[i].append((time.perf_counter() - start) / count)
+            if len(samples[0]) >= MAX_ROUNDS:
+                break
+    finally:
+        if collecting:
+            gc.enable()
+    ratio = statistics.median(b / a for a, b in zip(*samples, strict=True))
+    return Times.of(samples[0]), Times.of(samples[1]), ratio
+
+
+def fma_peak(dtype: torch.dtype, threads: int) -> float:
+    """Floating-point operations per second of fused multiply-adds alone, at the instruction-set level in use, in the
+    arithmetic of this dtype (float32 for the 16-bit ones)."""
+    x = torch.rand(threads, 192, dtype=torch.float64).to(dtype)
+    y = torch.empty_like(x)
+    iterations, best = 20_000, math.inf
+    for _ in range(20):
+        start = time.perf_counter()
+        C.peak_fma(y, x, 0.5, 1.0, iterations, threads)
+        best = min(best, time.perf_counter() - start)
+    return 2 * threads * 192 * iterations / best
+
+
+def copy_bandwidth(size: int = 1 << 28) -> float:
+    """Bytes read and written per second by ``torch.Tensor.copy_`` from one buffer of ``size`` bytes to another."""
+    source, target = torch.ones(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
+    best = math.inf
+    for _ in range(7):
+        start = time.perf_counter()
+        target.copy_(source)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size / best

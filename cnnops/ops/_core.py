@@ -16,6 +16,7 @@ Forward-mode AD never reaches an operator (``register_autograd`` would silently 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -188,17 +189,39 @@ def _requires_grad(args: tuple[Any, ...]) -> bool:
 
 
 def supported(*tensors: Tensor | None) -> bool:
-    """Whether the kernels take these: on the CPU (or meta, or fake), strided, of one of the four float dtypes."""
-    return all(
-        t is None or (t.dtype in KERNEL_DTYPES and t.device.type in ("cpu", "meta") and t.layout is torch.strided)
-        for t in tensors
+    """Whether the kernels take these tensors: on the CPU (or meta, or fake), strided, of one of the four float dtypes.
+
+    Not so what is no tensor, nor a tensor subclass that knows PyTorch's ops alone (distributed, masked, quantized ones).
+    """
+    for t in tensors:  # no generator: this runs in every call
+        if t is None:
+            continue
+        if type(t) not in _PLAIN_TYPES and not _transparent(type(t)):
+            return False
+        if t.dtype not in KERNEL_DTYPES or t.device.type not in ("cpu", "meta") or t.layout is not torch.strided:
+            return False
+    return True
+
+
+def _transparent(kind: type) -> bool:
+    """Whether tensors of this class take any operator: fake and functional ones, and those that override nothing."""
+    if not issubclass(kind, Tensor):
+        return False
+    if kind.__module__.startswith("torch._subclasses."):
+        return True
+    handler = kind.__torch_function__
+    return kind.__torch_dispatch__ is Tensor.__torch_dispatch__ and (
+        handler is torch._C._disabled_torch_function_impl
+        or getattr(handler, "__func__", None) is Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
     )
 
 
 def needs_composite(*tensors: Tensor | None) -> bool:
-    """Whether a forward-mode derivative is being taken, which only PyTorch's own ops carry."""
+    """Whether only PyTorch's own ops will do: they carry forward-mode derivatives, and ``torch.jit.trace`` sees them."""
     if torch.compiler.is_compiling():
         return False
+    if torch._C._get_tracing_state() is not None:
+        return True
     if torch._C._are_functorch_transforms_active():
         interpreters = torch._functorch.pyfunctorch.retrieve_all_functorch_interpreters()
         return any(i.key() == _functorch.TransformType.Jvp for i in interpreters)
@@ -242,13 +265,18 @@ def pair(value: int | Sequence[int], name: str, op: str) -> tuple[int, int]:
     if isinstance(value, (int, torch.SymInt)):
         return (value, value)
     try:
-        values = tuple(value)
+        values = (operator.index(value),)  # NumPy's integers, and tensors of one
     except TypeError:
-        values = ()
+        try:
+            values = tuple(v if isinstance(v, torch.SymInt) else operator.index(v) for v in value)
+        except TypeError:
+            values = ()
     if len(values) == 1:
         values *= 2
-    if len(values) != 2 or not all(isinstance(v, (int, torch.SymInt)) for v in values):
+    if not values:
         raise TypeError(f"{op}(): argument '{name}' must be an int or a pair of ints, not {value!r}")
+    if len(values) != 2:
+        raise RuntimeError(f"{op}(): argument '{name}' must be an int or a pair of ints, but got {values}")
     return values
 
 

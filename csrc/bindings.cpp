@@ -8,6 +8,7 @@ namespace cnnops {
 
 void bind_avg_pool2d(py::module_&);
 void bind_conv2d(py::module_&);
+void bind_batch_norm(py::module_&);
 
 namespace {
 
@@ -45,6 +46,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("omp_max_threads", [] { return omp_get_max_threads(); });
   bind_avg_pool2d(m);
   bind_conv2d(m);
+  bind_batch_norm(m);
 }
 
 }  // namespace cnnops

@@ -3,10 +3,12 @@
 from .ops.avg_pool2d import avg_pool2d
 from .ops.batch_norm import batch_norm
 from .ops.conv2d import conv2d, conv_transpose2d
+from .ops.locally_connected2d import locally_connected2d
 
 __all__ = [
     "avg_pool2d",
     "batch_norm",
     "conv2d",
     "conv_transpose2d",
+    "locally_connected2d",
 ]

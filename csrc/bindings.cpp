@@ -9,6 +9,7 @@ namespace cnnops {
 void bind_avg_pool2d(py::module_&);
 void bind_conv2d(py::module_&);
 void bind_batch_norm(py::module_&);
+void bind_locally_connected2d(py::module_&);
 
 namespace {
 
@@ -47,6 +48,7 @@ PYBIND11_MODULE(_C, m) {
   bind_avg_pool2d(m);
   bind_conv2d(m);
   bind_batch_norm(m);
+  bind_locally_connected2d(m);
 }
 
 }  // namespace cnnops

@@ -28,9 +28,10 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   set(CNNOPS_FLAGS_avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512)
 endif()
 
-# Contraction to FMA is allowed (the references are checked with tolerances); reassociation is not.
-set(CNNOPS_WARNINGS -Wall -Wextra -Wno-unused-function -Wno-maybe-uninitialized -Wno-unknown-pragmas
+# GCC 12 reports its own intrinsics headers (_mm512_undefined_ps) as uninitialized.
+set(CNNOPS_WARNINGS -Wall -Wextra -Wno-unused-function -Wno-maybe-uninitialized -Wno-uninitialized -Wno-unknown-pragmas
     $<$<BOOL:${CNNOPS_WERROR}>:-Werror>)
+# Contraction to FMA is allowed (the references are checked with tolerances); reassociation is not.
 set(CNNOPS_KERNEL_FLAGS -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast ${CNNOPS_WARNINGS})
 
 set(CNNOPS_HAVE_CUDA OFF)

@@ -10,6 +10,8 @@ void bind_avg_pool2d(py::module_&);
 void bind_conv2d(py::module_&);
 void bind_memory(py::module_&);
 void bind_peak(py::module_&);
+void bind_batch_norm(py::module_&);
+void bind_locally_connected2d(py::module_&);
 
 namespace {
 
@@ -49,6 +51,8 @@ PYBIND11_MODULE(_C, m) {
   bind_conv2d(m);
   bind_memory(m);
   bind_peak(m);
+  bind_batch_norm(m);
+  bind_locally_connected2d(m);
 }
 
 }  // namespace cnnops

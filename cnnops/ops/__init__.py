@@ -2,3 +2,5 @@
 
 from . import avg_pool2d as avg_pool2d
 from . import conv2d as conv2d
+from .batch_norm import batch_norm as batch_norm
+from .locally_connected2d import locally_connected2d as locally_connected2d

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "common/dtype.h"
 #include "common/export.h"
@@ -128,6 +129,28 @@ template <class T>
   T buffer[kLanes];
   store(buffer, v);
   for (int i = 0; i < n; ++i) p[i] = buffer[i];
+}
+
+// The first n lanes as they are, the others zero.
+template <class C>
+[[gnu::always_inline]] inline vec<C> keep_n(vec<C> v, int n) {
+  if (n >= lanes<C>) return v;
+  using Index = typename VectorOf<std::conditional_t<sizeof(C) == 4, int32_t, int64_t>, lanes<C>>::type;
+  Index index = {};
+  for (int i = 0; i < lanes<C>; ++i) index[i] = i;
+  return index < n ? v : vec<C>{};
+}
+
+// The sum of N lanes, by halves.
+template <class C, int N = lanes<C>>
+[[gnu::always_inline]] inline C sum_lanes(typename VectorOf<C, N>::type v) {
+  if constexpr (N == 2) {
+    return v[0] + v[1];
+  } else {
+    typename VectorOf<C, N / 2>::type half[2];
+    std::memcpy(half, &v, sizeof half);
+    return sum_lanes<C, N / 2>(half[0] + half[1]);
+  }
 }
 
 template <class V>

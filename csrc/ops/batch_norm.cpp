@@ -1,0 +1,140 @@
+#include "ops/batch_norm.h"
+
+#include <memory>
+
+#include "dispatch/op_table.h"
+
+namespace cnnops {
+
+#define CNNOPS_OP "batch_norm"
+#define CNNOPS_PARAMS BatchNormParams
+#define CNNOPS_TABLE "ops/batch_norm.inc"
+#include "dispatch/define_table.h"
+
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+void* data(const OptionalTensor& t) { return t ? t->data : nullptr; }
+
+// An image that may be missing; x in its place then, which passes every check.
+NamedTensor image(const char* label, const OptionalTensor& t, const Tensor& x) { return {label, t ? &*t : &x}; }
+
+// The dtype that the vectors given share: that of x, or float32 beside a 16-bit x.
+DType affine_dtype(const char* op, const Tensor& x, std::initializer_list<std::pair<const char*, const OptionalTensor*>> all) {
+  DType dtype = x.dtype;
+  for (const auto& [label, t] : all)
+    if (*t) dtype = (*t)->dtype;
+  CNNOPS_CHECK(dtype == x.dtype || (dtype == DType::f32 && (x.dtype == DType::bf16 || x.dtype == DType::f16)),
+               std::runtime_error, op, ": weight and bias must be in ", name(x.dtype),
+               " or, beside a 16-bit input, in float32, but are in ", name(dtype));
+  for (const auto& [label, t] : all)
+    if (*t) expect_contiguous(op, {label, &**t}, dtype, {x.shape[1]});
+  return dtype;
+}
+
+void expect_statistics(const char* op, const Tensor& mean, const Tensor& var, int64_t c) {
+  CNNOPS_CHECK(mean.dtype != DType::other && mean.dtype != DType::u8 && mean.dtype != DType::i64, std::runtime_error, op,
+               ": mean is in ", name(mean.dtype), ", which is not a floating-point dtype");
+  expect_contiguous(op, {"mean", &mean}, mean.dtype, {c});
+  expect_contiguous(op, {"var", &var}, mean.dtype, {c});
+}
+
+BatchNormParams parameters(const char* op, Layout layout, const Tensor& x, const Tensor& mean, const Tensor& var,
+                           double eps, int activation, int threads) {
+  expect_statistics(op, mean, var, x.shape[1]);
+  CNNOPS_CHECK(activation >= 0 && activation < kActivations, std::invalid_argument, op, ": activation ", activation,
+               " is not one of the ", kActivations, " known");
+  BatchNormParams p{};
+  p.layout = layout;
+  p.n = x.shape[0], p.c = x.shape[1], p.h = x.shape[2], p.w = x.shape[3];
+  p.eps = eps;
+  p.activation = static_cast<Activation>(activation);
+  p.statistics = mean.dtype;
+  p.x = x.data;
+  p.mean = mean.data, p.var = var.data;
+  p.threads = threads;
+  return p;
+}
+
+void run_with_workspace(const char* pass, DType dtype, BatchNormParams p, int kernel) {
+  const std::unique_ptr<char[]> workspace(new char[batch_norm_workspace_bytes(p)]);
+  p.workspace = workspace.get();
+  run(table<BatchNormParams>(), pass, dtype, p, kernel);
+}
+
+void forward(const Tensor& y, const Tensor& mean, const Tensor& var, const Tensor& x, const OptionalTensor& weight,
+             const OptionalTensor& bias, const OptionalTensor& residual, bool training, double eps, int activation,
+             int threads, int kernel) {
+  static constexpr const char* kOp = "batch_norm";
+  const Layout layout = common_layout(kOp, x.dtype, {{"input", &x}, {"output", &y}, image("residual", residual, x)});
+  for (const NamedTensor& t : {NamedTensor{"output", &y}, image("residual", residual, x)})
+    expect_shape(kOp, t, {x.shape[0], x.shape[1], x.shape[2], x.shape[3]});
+  BatchNormParams p = parameters(kOp, layout, x, mean, var, eps, activation, threads);
+  CNNOPS_CHECK(!training || mean.dtype == DType::f64, std::runtime_error, kOp, ": training writes float64 statistics");
+  p.affine = affine_dtype(kOp, x, {{"weight", &weight}, {"bias", &bias}});
+  p.training = training;
+  p.weight = data(weight), p.bias = data(bias), p.residual = data(residual);
+  p.y = y.data;
+  run_with_workspace(training ? "training" : "evaluation", x.dtype, p, kernel);
+}
+
+void backward(const OptionalTensor& dx, const OptionalTensor& dweight, const OptionalTensor& dbias,
+              const OptionalTensor& dresidual, const Tensor& dy, const Tensor& x, const OptionalTensor& y,
+              const OptionalTensor& residual, const Tensor& mean, const Tensor& var, const OptionalTensor& weight,
+              const OptionalTensor& bias, bool training, double eps, int activation, int threads, int kernel) {
+  static constexpr const char* kOp = "batch_norm_backward";
+  const std::initializer_list<NamedTensor> images = {{"input", &x},
+                                                     {"output's gradient", &dy},
+                                                     image("output", y, x),
+                                                     image("residual", residual, x),
+                                                     image("input's gradient", dx, x),
+                                                     image("residual's gradient", dresidual, x)};
+  const Layout layout = common_layout(kOp, x.dtype, images);
+  for (const NamedTensor& t : images) expect_shape(kOp, t, {x.shape[0], x.shape[1], x.shape[2], x.shape[3]});
+  BatchNormParams p = parameters(kOp, layout, x, mean, var, eps, activation, threads);
+  p.affine = affine_dtype(kOp, x, {{"weight", &weight}, {"bias", &bias}, {"weight's gradient", &dweight}, {"bias's gradient", &dbias}});
+  p.training = training;
+  p.weight = data(weight), p.bias = data(bias), p.residual = data(residual);
+  p.dy = dy.data, p.saved_y = data(y);
+  p.dx = data(dx), p.dresidual = data(dresidual), p.dweight = data(dweight), p.dbias = data(dbias);
+  run_with_workspace("backward", x.dtype, p, kernel);
+}
+
+// running = (1 - momentum) * running + momentum * observed, with the unbiased variance of `count` elements.
+void update(const Tensor& running_mean, const Tensor& running_var, const Tensor& mean, const Tensor& var, double momentum,
+            int64_t count) {
+  static constexpr const char* kOp = "batch_norm";
+  CNNOPS_CHECK(mean.ndim == 1 && mean.dtype == DType::f64, std::invalid_argument, kOp, ": mean must be a float64 vector");
+  const int64_t c = mean.shape[0];
+  expect_statistics(kOp, mean, var, c);
+  for (const NamedTensor& t : {NamedTensor{"running_mean", &running_mean}, {"running_var", &running_var}}) {
+    expect_shape(kOp, t, {c});
+    CNNOPS_CHECK(t.tensor->device == Device::cpu && (t.tensor->dtype == DType::f32 || t.tensor->dtype == DType::f64 ||
+                                                     t.tensor->dtype == DType::bf16 || t.tensor->dtype == DType::f16),
+                 std::runtime_error, kOp, ": ", t.name, " must be a floating-point tensor on the CPU");
+  }
+  const double unbiased = static_cast<double>(count) / static_cast<double>(count - 1);
+  for (int64_t i = 0; i < c; ++i) {
+    const int64_t m = i * running_mean.stride[0], v = i * running_var.stride[0];
+    batch_norm_set(running_mean.data, running_mean.dtype, m,
+                   (1 - momentum) * batch_norm_get(running_mean.data, running_mean.dtype, m) +
+                       momentum * batch_norm_get(mean.data, mean.dtype, i));
+    batch_norm_set(running_var.data, running_var.dtype, v,
+                   (1 - momentum) * batch_norm_get(running_var.data, running_var.dtype, v) +
+                       momentum * unbiased * batch_norm_get(var.data, var.dtype, i));
+  }
+}
+
+}  // namespace
+
+void bind_batch_norm(py::module_& m) {
+  m.def("batch_norm_forward", &forward, "y"_a, "mean"_a, "var"_a, "x"_a, "weight"_a, "bias"_a, "residual"_a,
+        "training"_a, "eps"_a, "activation"_a, "threads"_a, "kernel"_a = kSelect);
+  m.def("batch_norm_backward", &backward, "dx"_a, "dweight"_a, "dbias"_a, "dresidual"_a, "dy"_a, "x"_a, "y"_a,
+        "residual"_a, "mean"_a, "var"_a, "weight"_a, "bias"_a, "training"_a, "eps"_a, "activation"_a, "threads"_a,
+        "kernel"_a = kSelect);
+  m.def("batch_norm_update", &update, "running_mean"_a, "running_var"_a, "mean"_a, "var"_a, "momentum"_a, "count"_a);
+}
+
+}  // namespace cnnops

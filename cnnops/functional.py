@@ -2,9 +2,11 @@
 
 from .ops.avg_pool2d import avg_pool2d
 from .ops.conv2d import conv2d, conv_transpose2d
+from .ops.max_pool2d import max_pool2d
 
 __all__ = [
     "avg_pool2d",
     "conv2d",
     "conv_transpose2d",
+    "max_pool2d",
 ]

@@ -8,6 +8,8 @@ namespace cnnops {
 
 void bind_avg_pool2d(py::module_&);
 void bind_conv2d(py::module_&);
+void bind_index_pool2d(py::module_&);
+void bind_max_pool2d(py::module_&);
 
 namespace {
 
@@ -45,6 +47,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("omp_max_threads", [] { return omp_get_max_threads(); });
   bind_avg_pool2d(m);
   bind_conv2d(m);
+  bind_index_pool2d(m);
+  bind_max_pool2d(m);
 }
 
 }  // namespace cnnops

@@ -12,6 +12,8 @@ void bind_memory(py::module_&);
 void bind_peak(py::module_&);
 void bind_batch_norm(py::module_&);
 void bind_locally_connected2d(py::module_&);
+void bind_index_pool2d(py::module_&);
+void bind_max_pool2d(py::module_&);
 
 namespace {
 
@@ -53,6 +55,8 @@ PYBIND11_MODULE(_C, m) {
   bind_peak(m);
   bind_batch_norm(m);
   bind_locally_connected2d(m);
+  bind_index_pool2d(m);
+  bind_max_pool2d(m);
 }
 
 }  // namespace cnnops

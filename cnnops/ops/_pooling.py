@@ -2,41 +2,92 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from ._core import pair
+Pair = tuple[int, int]
+
+# The kernels count in 32 bits along a window and across a plane, and PyTorch takes no larger arguments.
+_LIMIT = 2**31 - 1
+
+
+def is_int(value: Any) -> bool:
+    """Whether torch takes this for an int: what has ``__index__``, but no bool."""
+    return not isinstance(value, bool) and (hasattr(value, "__index__") or isinstance(value, torch.SymInt))
+
+
+def pool_pair(value: Any, name: str, op: str) -> Pair:
+    """An int or one or two ints as a pair."""
+    if type(value) is int:
+        values = (value, value)
+    else:
+        if is_int(value):
+            values = (value,) * 2
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            if len(value) not in (1, 2):
+                raise RuntimeError(f"{op}(): argument '{name}' must be an int or two ints, but got {value!r}")
+            values = (value[0], value[-1])
+        else:
+            values = (None, None)
+        if not (is_int(values[0]) and is_int(values[1])):
+            raise TypeError(f"{op}(): argument '{name}' must be an int or two ints, but got {value!r}")
+        values = (operator.index(values[0]), operator.index(values[1]))
+    if max(values) > _LIMIT or min(values) < -_LIMIT:
+        error = ValueError if max(map(abs, values)) >= 2**63 else RuntimeError
+        raise error(f"{op}(): argument '{name}' must be below 2^31, but got {value!r}")
+    return values
 
 
 def window(
-    op: str, kernel_size: int | Sequence[int], stride: int | Sequence[int] | None, padding: int | Sequence[int]
-) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-    """Kernel, stride and padding as pairs, checked."""
-    kernel = pair(kernel_size, "kernel_size", op)
-    step = kernel if stride is None or stride == [] else pair(stride, "stride", op)
-    pad = pair(padding, "padding", op)
-    if min(kernel) <= 0:
-        raise RuntimeError(f"{op}(): kernel_size must be positive, but got {kernel}")
-    if min(step) <= 0:
-        raise RuntimeError(f"{op}(): stride must be positive, but got {step}")
-    if min(pad) < 0:
-        raise RuntimeError(f"{op}(): padding must not be negative, but got {pad}")
-    if pad[0] > kernel[0] // 2 or pad[1] > kernel[1] // 2:
-        raise RuntimeError(
-            f"{op}(): padding must be at most half of kernel_size, but got padding {pad} and kernel_size {kernel}"
-        )
-    return kernel, step, pad
+    op: str,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None,
+    padding: int | Sequence[int],
+    dilation: int | Sequence[int] = 1,
+) -> tuple[Pair, Pair, Pair, Pair]:
+    """Kernel, stride, padding and dilation as pairs, checked."""
+    kernel = pool_pair(kernel_size, "kernel_size", op)
+    step = kernel if stride is None or stride == () or stride == [] else pool_pair(stride, "stride", op)
+    pad = pool_pair(padding, "padding", op)
+    apart = pool_pair(dilation, "dilation", op)
+    for name, pair in (("kernel_size", kernel), ("stride", step), ("dilation", apart)):
+        if pair[0] <= 0 or pair[1] <= 0:
+            raise RuntimeError(f"{op}(): {name} must be positive, but got {pair}")
+    for k, p, d in zip(kernel, pad, apart, strict=True):
+        if p < 0:
+            raise RuntimeError(f"{op}(): padding must not be negative, but got {pad}")
+        if p > ((k - 1) * d + 1) // 2:
+            raise RuntimeError(
+                f"{op}(): padding must be at most half of kernel_size (spread by dilation), but got padding {pad}, "
+                f"kernel_size {kernel} and dilation {apart}"
+            )
+    return kernel, step, pad, apart
+
+
+def check_bool(value: Any, name: str, op: str) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}(): argument '{name}' must be bool, but got {value!r}")
+
+
+def plane_fits(input: Tensor, padding: Pair = (0, 0)) -> bool:
+    """Whether the kernels' 32-bit positions can index a padded plane of this input."""
+    return input.dim() < 2 or (input.shape[-2] + 2 * padding[0]) * (input.shape[-1] + 2 * padding[1]) <= _LIMIT
 
 
 def as_images(op: str, input: Tensor) -> Tensor:
-    """The input as [N, C, H, W]; only N may be empty."""
-    if input.dim() not in (3, 4) or any(size == 0 for size in input.shape[-3:]):
-        raise RuntimeError(
+    """The input as [N, C, H, W]; only N may be empty. PyTorch's results for [C, H, W] are always contiguous."""
+    if input.dim() not in (3, 4) or 0 in input.shape[-3:]:
+        # PyTorch's mean pooling fails with an IndexError on its way to the check of the rank.
+        error = IndexError if op == "avg_pool2d" and input.dim() < 3 else RuntimeError
+        raise error(
             f"{op}(): expected input of shape [N, C, H, W] or [C, H, W] with non-empty C, H and W, "
             f"but got {list(input.shape)}"
         )
-    return input if input.dim() == 4 else input.unsqueeze(0)
+    return input if input.dim() == 4 else input.contiguous().unsqueeze(0)
 
 
 def output_size(
@@ -47,7 +98,7 @@ def output_size(
     padding: Sequence[int],
     dilation: Sequence[int],
     ceil_mode: bool,
-) -> tuple[int, int]:
+) -> Pair:
     """P and Q of a pooling with these windows."""
     sizes = []
     for axis in (0, 1):
@@ -60,11 +111,11 @@ def output_size(
             out -= 1
         if out < 1:
             raise RuntimeError(
-                f"{op}(): the kernel of {tuple(kernel)} with dilation {tuple(dilation)} is larger than the padded "
-                f"input: input {list(x.shape)}, padding {tuple(padding)}"
+                f"{op}(): kernel_size {tuple(kernel)} with dilation {tuple(dilation)} is larger than the padded input: "
+                f"input {list(x.shape)}, padding {tuple(padding)}"
             )
         sizes.append(out)
     return sizes[0], sizes[1]
 
 
-__all__ = ["as_images", "output_size", "window"]
+__all__ = ["Pair", "as_images", "check_bool", "is_int", "output_size", "plane_fits", "pool_pair", "window"]

@@ -133,7 +133,7 @@ def avg_pool2d(
     """
     if not supported(input) or needs_composite(input):
         return F.avg_pool2d(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
-    kernel, step, pad = window("avg_pool2d", kernel_size, stride, padding)
+    kernel, step, pad, _ = window("avg_pool2d", kernel_size, stride, padding)
     if divisor_override is not None and divisor_override == 0:
         raise RuntimeError("avg_pool2d(): divisor_override must not be zero")
     x = as_images("avg_pool2d", input)

@@ -148,6 +148,14 @@ Layout common_layout(const char* op, DType dtype, std::initializer_list<NamedTen
   return nchw ? Layout::nchw : Layout::nhwc;
 }
 
+void expect_layout(const char* op, const NamedTensor& image, DType dtype, Layout layout) {
+  CNNOPS_CHECK(image.tensor->ndim == 4, std::invalid_argument, op, ": expected ", image.name,
+               " with 4 dimensions, but its shape is ", shape_text(*image.tensor));
+  expect_cpu(op, image, dtype);
+  CNNOPS_CHECK(dense(*image.tensor, layout), std::invalid_argument, op, ": ", image.name,
+               " must lie in the layout of the other images");
+}
+
 void expect_shape(const char* op, const NamedTensor& t, std::initializer_list<int64_t> shape) {
   bool same = t.tensor->ndim == static_cast<int>(shape.size());
   int i = 0;

@@ -31,6 +31,8 @@ struct NamedTensor {
   const Tensor* tensor;
 };
 Layout common_layout(const char* op, DType dtype, std::initializer_list<NamedTensor> images);
+// Checks that one more image, of another dtype, lies in that layout.
+void expect_layout(const char* op, const NamedTensor& image, DType dtype, Layout layout);
 // Checks that a tensor lies on the CPU, has this dtype and shape, and is contiguous.
 void expect_contiguous(const char* op, const NamedTensor& t, DType dtype, std::initializer_list<int64_t> shape);
 void expect_shape(const char* op, const NamedTensor& t, std::initializer_list<int64_t> shape);

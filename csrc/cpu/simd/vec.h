@@ -40,6 +40,20 @@ using f32v = vec<float>;
 using u32v = typename VectorOf<uint32_t, lanes<float>>::type;
 using u16v = typename VectorOf<uint16_t, lanes<float>>::type;
 
+// Signed integers of the compute type's width, one per lane: what comparing two vec<C> gives.
+template <class C>
+struct IntOf {
+  using type = int32_t;
+};
+template <>
+struct IntOf<double> {
+  using type = int64_t;
+};
+template <class C>
+using int_t = typename IntOf<C>::type;
+template <class C>
+using ivec = typename VectorOf<int_t<C>, lanes<C>>::type;
+
 template <class V, class C>
 [[gnu::always_inline]] inline V broadcast(C value) {
   return V{} + value;
@@ -150,6 +164,151 @@ template <class C, int N = lanes<C>>
     typename VectorOf<C, N / 2>::type half[2];
     std::memcpy(half, &v, sizeof half);
     return sum_lanes<C, N / 2>(half[0] + half[1]);
+// Lanes of one byte, as ivec<C> and back (cut to 8 bits); the first n, as load_n and store_n. By intrinsics: g++ 12 takes
+// such vectors apart byte by byte.
+template <class C>
+[[gnu::always_inline]] inline ivec<C> load_u8_n(const uint8_t* p, int n) {
+#if CNNOPS_ISA_avx512
+  const __m128i bytes = n >= lanes<C> ? (lanes<C> == 16 ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))
+                                                        : _mm_loadu_si64(p))
+                                      : _mm_maskz_loadu_epi8((1u << n) - 1, p);
+  if constexpr (sizeof(C) == 4) {
+    return reinterpret_cast<ivec<C>>(_mm512_cvtepu8_epi32(bytes));
+  } else {
+    return reinterpret_cast<ivec<C>>(_mm512_cvtepu8_epi64(bytes));
+  }
+#else
+  uint8_t buffer[lanes<C>] = {};
+  if (n >= lanes<C>) {
+    std::memcpy(buffer, p, lanes<C>);
+  } else {
+    for (int i = 0; i < n; ++i) buffer[i] = p[i];
+  }
+#if CNNOPS_ISA_avx2
+  if constexpr (sizeof(C) == 4) {
+    return reinterpret_cast<ivec<C>>(_mm256_cvtepu8_epi32(_mm_loadu_si64(buffer)));
+  } else {
+    return reinterpret_cast<ivec<C>>(_mm256_cvtepu8_epi64(_mm_loadu_si32(buffer)));
+  }
+#else
+  ivec<C> out;
+  for (int i = 0; i < lanes<C>; ++i) out[i] = buffer[i];
+  return out;
+#endif
+#endif
+}
+template <class C>
+[[gnu::always_inline]] inline void store_u8_n(uint8_t* p, ivec<C> v, int n) {
+#if CNNOPS_ISA_avx512
+  const unsigned mask = n >= lanes<C> ? (1u << lanes<C>)-1 : (1u << n) - 1;
+  if constexpr (sizeof(C) == 4) {
+    _mm_mask_storeu_epi8(p, mask, _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(v)));
+  } else {
+    _mm_mask_storeu_epi8(p, mask, _mm512_cvtepi64_epi8(reinterpret_cast<__m512i>(v)));
+  }
+#else
+  uint8_t buffer[lanes<C>];
+#if CNNOPS_ISA_avx2
+  // The lowest byte of each lane to the bottom of each half.
+  constexpr char kNo = -128;
+  const __m256i picks =
+      sizeof(C) == 4 ? _mm256_setr_epi8(0, 4, 8, 12, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, 0, 4, 8,
+                                        12, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo)
+                     : _mm256_setr_epi8(0, 8, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, 0, 8,
+                                        kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo);
+  const __m256i halves = _mm256_shuffle_epi8(reinterpret_cast<__m256i>(v), picks);
+  const int low = _mm256_extract_epi32(halves, 0), high = _mm256_extract_epi32(halves, 4);
+  std::memcpy(buffer, &low, lanes<C> / 2);
+  std::memcpy(buffer + lanes<C> / 2, &high, lanes<C> / 2);
+#else
+  for (int i = 0; i < lanes<C>; ++i) buffer[i] = static_cast<uint8_t>(v[i]);
+#endif
+  if (n >= lanes<C>) {
+    std::memcpy(p, buffer, lanes<C>);
+  } else {
+    for (int i = 0; i < n; ++i) p[i] = buffer[i];
+  }
+#endif
+}
+// The same for int64 in memory.
+template <class C>
+[[gnu::always_inline]] inline ivec<C> load_i64_n(const int64_t* p, int n) {
+  int_t<C> buffer[lanes<C>] = {};
+  if (n >= lanes<C>) {
+    for (int i = 0; i < lanes<C>; ++i) buffer[i] = static_cast<int_t<C>>(p[i]);
+  } else {
+    for (int i = 0; i < n; ++i) buffer[i] = static_cast<int_t<C>>(p[i]);
+  }
+  return *reinterpret_cast<const ivec<C>*>(buffer);
+}
+template <class C>
+[[gnu::always_inline]] inline void store_i64_n(int64_t* p, ivec<C> v, int n) {
+  int_t<C> buffer[lanes<C>];
+  *reinterpret_cast<ivec<C>*>(buffer) = v;
+  if (n >= lanes<C>) {
+    for (int i = 0; i < lanes<C>; ++i) p[i] = buffer[i];
+  } else {
+    for (int i = 0; i < n; ++i) p[i] = buffer[i];
+  }
+}
+template <class I>
+[[gnu::always_inline]] inline I iota() {
+  I out;
+  for (unsigned i = 0; i < sizeof(I) / sizeof(out[0]); ++i) out[i] = i;
+  return out;
+}
+
+// The even and the odd elements of the 2 * lanes elements (a, b), and the way back.
+template <class V>
+[[gnu::always_inline]] inline V evens(V a, V b) {
+  constexpr int kCount = sizeof(V) / sizeof(a[0]);
+  if constexpr (kCount == 16) {
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  } else if constexpr (kCount == 8) {
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
+  } else if constexpr (kCount == 4) {
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6);
+  } else {
+    return __builtin_shufflevector(a, b, 0, 2);
+  }
+}
+template <class V>
+[[gnu::always_inline]] inline V odds(V a, V b) {
+  constexpr int kCount = sizeof(V) / sizeof(a[0]);
+  if constexpr (kCount == 16) {
+    return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  } else if constexpr (kCount == 8) {
+    return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+  } else if constexpr (kCount == 4) {
+    return __builtin_shufflevector(a, b, 1, 3, 5, 7);
+  } else {
+    return __builtin_shufflevector(a, b, 1, 3);
+  }
+}
+template <class V>
+[[gnu::always_inline]] inline V zip_low(V a, V b) {
+  constexpr int kCount = sizeof(V) / sizeof(a[0]);
+  if constexpr (kCount == 16) {
+    return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  } else if constexpr (kCount == 8) {
+    return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+  } else if constexpr (kCount == 4) {
+    return __builtin_shufflevector(a, b, 0, 4, 1, 5);
+  } else {
+    return __builtin_shufflevector(a, b, 0, 2);
+  }
+}
+template <class V>
+[[gnu::always_inline]] inline V zip_high(V a, V b) {
+  constexpr int kCount = sizeof(V) / sizeof(a[0]);
+  if constexpr (kCount == 16) {
+    return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  } else if constexpr (kCount == 8) {
+    return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+  } else if constexpr (kCount == 4) {
+    return __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  } else {
+    return __builtin_shufflevector(a, b, 1, 3);
   }
 }
 

@@ -1,0 +1,54 @@
+// Checks of the pooling operators' arguments, for csrc/ops/*.cpp.
+#pragma once
+
+#include "dispatch/op_table.h"
+#include "ops/pool2d.h"
+
+namespace cnnops {
+
+using Pair = std::array<int64_t, 2>;
+
+// Planes are indexed with 32 bits in the kernels' lanes; larger ones (8 GiB and up) are left to PyTorch.
+constexpr int64_t kMaxPlane = (int64_t{1} << 31) - 1;
+
+inline Windows windows(const char* op, Pair kernel, Pair stride, Pair padding, Pair dilation, Pair size, Pair outputs) {
+  for (int i = 0; i < 2; ++i) {
+    CNNOPS_CHECK(kernel[i] > 0 && stride[i] > 0 && dilation[i] > 0 && padding[i] >= 0, std::invalid_argument, op,
+                 ": kernel_size, stride and dilation must be positive and padding not negative");
+    CNNOPS_CHECK(kernel[i] <= kMaxPlane && stride[i] <= kMaxPlane && dilation[i] <= kMaxPlane && padding[i] <= kMaxPlane,
+                 std::invalid_argument, op, ": kernel_size, stride, dilation and padding must be below 2^31");
+    CNNOPS_CHECK(size[i] <= kMaxPlane, std::invalid_argument, op, ": a side of ", size[i], " cells is too large");
+    CNNOPS_CHECK((outputs[i] - 1) * stride[i] < size[i] + padding[i], std::invalid_argument, op, ": an output of ",
+                 outputs[i], " is too large for an input of ", size[i]);
+  }
+  CNNOPS_CHECK((size[0] + 2 * padding[0]) * (size[1] + 2 * padding[1]) <= kMaxPlane, std::invalid_argument, op,
+               ": images of ", size[0], " x ", size[1], " are too large");
+  return {kernel[0], kernel[1], stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
+}
+
+inline Choice choice_of(const char* op, const Tensor& choice) {
+  CNNOPS_CHECK(choice.dtype == DType::u8 || choice.dtype == DType::i64, std::invalid_argument, op,
+               ": choice must be of uint8 (offsets) or int64 (indices)");
+  return choice.dtype == DType::u8 ? Choice::offsets : Choice::indices;
+}
+
+inline PickParams pick_params(const char* op, const Tensor& y, const std::optional<Tensor>& choice, const Tensor& x,
+                              Pair kernel, Pair stride, Pair padding, Pair dilation, int threads) {
+  PickParams p{};
+  p.layout = common_layout(op, x.dtype, {{"x", &x}, {"y", &y}});
+  p.n = x.shape[0], p.c = x.shape[1], p.h = x.shape[2], p.w = x.shape[3], p.p = y.shape[2], p.q = y.shape[3];
+  expect_shape(op, {"y", &y}, {p.n, p.c, p.p, p.q});
+  p.windows = windows(op, kernel, stride, padding, dilation, {p.h, p.w}, {p.p, p.q});
+  p.mode = choice ? choice_of(op, *choice) : Choice::none;
+  CNNOPS_CHECK(p.mode != Choice::offsets || kernel[0] * kernel[1] <= kNoOffset, std::invalid_argument, op,
+               ": a kernel of ", kernel[0], " x ", kernel[1], " needs int64 indices");
+  if (choice) {
+    expect_shape(op, {"choice", &*choice}, {p.n, p.c, p.p, p.q});
+    expect_layout(op, {"choice", &*choice}, choice->dtype, p.layout);
+    p.choice = choice->data;
+  }
+  p.x = x.data, p.y = y.data, p.threads = threads;
+  return p;
+}
+
+}  // namespace cnnops

@@ -1,29 +1,36 @@
-// Scratch memory of a kernel, one piece per thread, taken before its parallel region so that running out of memory is an
-// exception of the calling thread. Internal linkage throughout: kernels of all instruction sets include this.
+// Scratch memory of kernels, given back at the end of the scope. Taken before a parallel region, so that running out of
+// memory is an exception of the calling thread. Internal linkage: kernels of all instruction sets include this.
 #pragma once
 
 #include <cstdint>
 
+#include "common/arith.h"
 #include "common/host_memory.h"
 
 namespace cnnops {
 namespace {
 
-class Scratch {
- public:
-  // Throws std::bad_alloc.
-  Scratch(int pieces, int64_t bytes_each)
-      : stride_((bytes_each + 63) / 64 * 64), base_(static_cast<char*>(scratch_acquire(pieces * stride_))) {}
-  ~Scratch() { scratch_release(base_); }
+// Room for `count` elements; contents are undefined.
+template <class E>
+struct Scratch {
+  const size_t bytes;
+  E* const data;
+  explicit Scratch(int64_t count)
+      : bytes(static_cast<size_t>(max64(count, 1)) * sizeof(E)), data(static_cast<E*>(memory_acquire(bytes))) {}
+  ~Scratch() { memory_release(data, bytes); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
+};
 
-  // 64-byte aligned, and no two pieces share a cache line.
-  void* piece(int index) const { return base_ + index * stride_; }
+// Pieces of equal size, one per thread; no two share a cache line.
+class ScratchPieces {
+ public:
+  ScratchPieces(int pieces, int64_t bytes_each) : stride_(round_up(bytes_each, 64)), all_(pieces * stride_) {}
+  void* piece(int index) const { return all_.data + index * stride_; }
 
  private:
   int64_t stride_;
-  char* base_;
+  Scratch<char> all_;
 };
 
 // Carves arrays out of a piece. With a null piece it only adds up the bytes: the same code measures and lays out.
@@ -34,7 +41,7 @@ struct Arena {
   template <class T>
   T* take(int64_t count) {
     T* const out = reinterpret_cast<T*>(at + used);
-    used += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    used += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
     return out;
   }
 };

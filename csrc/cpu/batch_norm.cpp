@@ -76,8 +76,7 @@ struct Channel {
   double mean, invstd, weight, bias;
 };
 Channel channel(const BatchNormParams& p, int64_t c) {
-  return {batch_norm_get(p.mean, p.statistics, c),
-          1 / __builtin_sqrt(batch_norm_get(p.var, p.statistics, c) + p.eps),
+  return {batch_norm_get(p.mean, p.statistics, c), 1 / __builtin_sqrt(batch_norm_get(p.var, p.statistics, c) + p.eps),
           p.weight ? batch_norm_get(p.weight, p.affine, c) : 1, p.bias ? batch_norm_get(p.bias, p.affine, c) : 0};
 }
 
@@ -177,8 +176,7 @@ void block_statistics(const T* x, const BatchNormPlan& plan, int64_t unit, doubl
   }
   for_blocks(plan, unit, [&](const Block& block) {
     add_rows<C, 2>(block, sums, [&](int64_t row, int64_t j, int part, vec<C>* total) {
-      const vec<C> d =
-          keep_n<C>(load_n(x + block.begin + row * block.stride + j, part) - load(guess[0] + j), part);
+      const vec<C> d = keep_n<C>(load_n(x + block.begin + row * block.stride + j, part) - load(guess[0] + j), part);
       total[0] += d;
       total[1] = fma(d, d, total[1]);
     });
@@ -257,7 +255,8 @@ void normalize_all(const BatchNormParams& params, const BatchNormPlan& plan, con
       const Block piece = plane_piece(p, plan, unit);
       const V m = broadcast<V>(work.m[piece.column]), a = broadcast<V>(work.a[piece.column]);
       const V b = set1<C>(work.b[piece.column]);
-      sweep<C>(piece.columns, [&](int64_t i, int part, int) { normalize<kKind, T>(p, piece.begin + i, part, m, a, b); });
+      sweep<C>(piece.columns,
+               [&](int64_t i, int part, int) { normalize<kKind, T>(p, piece.begin + i, part, m, a, b); });
     } else {
       for_blocks(plan, unit, [&](const Block& block) {
         for (int64_t row = 0; row < block.rows; ++row) {
@@ -372,11 +371,12 @@ template <Kind kKind, class T>
 void input_gradient(const BatchNormParams& params, const BatchNormPlan& plan, const Workspace<compute_t<T>>& work) {
   using C = compute_t<T>;
   using V = vec<C>;
-  const auto one = [](const BatchNormParams& p, int64_t i, int part, V m, V a, V b, V s, V t) __attribute__((always_inline)) {
-    const V d = load_n(static_cast<const T*>(p.x) + i, part) - m;
-    const V dz = gradient_of_z<kKind, T>(p, i, part, d, a, b);
-    store_n(static_cast<T*>(p.dx) + i, fma(dz, a, fma(d, s, t)), part);
-  };
+  const auto one = [](const BatchNormParams& p, int64_t i, int part, V m, V a, V b, V s, V t)
+                       __attribute__((always_inline)) {
+                         const V d = load_n(static_cast<const T*>(p.x) + i, part) - m;
+                         const V dz = gradient_of_z<kKind, T>(p, i, part, d, a, b);
+                         store_n(static_cast<T*>(p.dx) + i, fma(dz, a, fma(d, s, t)), part);
+                       };
 #pragma omp parallel for num_threads(params.threads) schedule(static)
   for (int64_t back = 0; back < plan.units; ++back) {
     const int64_t unit = plan.units - 1 - back;

@@ -7,22 +7,11 @@
 #pragma once
 
 #include "common/arith.h"
-#include "common/host_memory.h"
+#include "common/scratch.h"
 #include "ops/conv2d.h"
 
 namespace cnnops::CNNOPS_ISA {
 namespace {
-
-// Scratch memory that is given back at the end of a scope.
-template <class C>
-struct Scratch {
-  const size_t bytes;
-  C* const data;
-  explicit Scratch(int64_t count)
-      : bytes(static_cast<size_t>(max64(count, 1)) * sizeof(C)), data(static_cast<C*>(memory_acquire(bytes))) {}
-  ~Scratch() { memory_release(data, bytes); }
-  Scratch(const Scratch&) = delete;
-};
 
 struct Strides {
   int64_t n, c, h, w;

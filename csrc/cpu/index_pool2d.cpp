@@ -53,7 +53,7 @@ void backward_nchw(const IndexPool2dParams& p) {
   };
   int64_t bytes;
   lay_out(Arena{nullptr}, &bytes);
-  const Scratch scratch(p.threads, bytes);
+  const ScratchPieces scratch(p.threads, bytes);
 
 #pragma omp parallel num_threads(p.threads)
   {
@@ -192,7 +192,7 @@ void backward_nhwc(const IndexPool2dParams& p) {
   const int64_t most = p.adaptive ? (p.p / p.h + 2) * (p.q / p.w + 2)
                                   : ((reach_h - 1) / v.stride_h + 1) * ((reach_w - 1) / v.stride_w + 1);
   const int64_t holders_each = min64(most, p.p * p.q);
-  const Scratch scratch(p.threads, holders_each * static_cast<int64_t>(sizeof(Holder)));
+  const ScratchPieces scratch(p.threads, holders_each * static_cast<int64_t>(sizeof(Holder)));
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t row = 0; row < p.n * p.h; ++row) {
     Holder* const holders = static_cast<Holder*>(scratch.piece(omp_get_thread_num()));

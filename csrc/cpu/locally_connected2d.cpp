@@ -211,8 +211,7 @@ void backward_weight(const Params& p) {
     }
     T* const out = dw + position * p.k * length;
     int64_t k = k0;
-    for (; k + 4 <= k1; k += 4)
-      filter_gradients<4, T>(patches, p.n, row, own_dy + k, p.k, length, out + k * length);
+    for (; k + 4 <= k1; k += 4) filter_gradients<4, T>(patches, p.n, row, own_dy + k, p.k, length, out + k * length);
     for (; k < k1; ++k) filter_gradients<1, T>(patches, p.n, row, own_dy + k, p.k, length, out + k * length);
   }
 }

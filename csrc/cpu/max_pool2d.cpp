@@ -56,7 +56,7 @@ void forward_nchw(const MaxPool2dParams& p) {
   };
   int64_t bytes;
   lay_out(Arena{nullptr}, &bytes);
-  const Scratch scratch(p.threads, bytes);
+  const ScratchPieces scratch(p.threads, bytes);
 
 #pragma omp parallel num_threads(p.threads)
   {

@@ -112,12 +112,14 @@ struct Steps {
   int64_t row, column;
 
   Steps(Choice mode, const Windows& v, int64_t w)
-      : row(mode == Choice::indices ? v.dilation_h * w : v.kernel_w), column(mode == Choice::indices ? v.dilation_w : 1) {}
+      : row(mode == Choice::indices ? v.dilation_h * w : v.kernel_w),
+        column(mode == Choice::indices ? v.dilation_w : 1) {}
 };
 
 // Stores n lanes of a choice; `base` holds the plane index of each window's first cell.
 template <class C>
-[[gnu::always_inline]] inline void store_choice(void* to, Choice mode, int64_t at, ivec<C> choice, ivec<C> base, int n) {
+[[gnu::always_inline]] inline void store_choice(void* to, Choice mode, int64_t at, ivec<C> choice, ivec<C> base,
+                                                int n) {
   const ivec<C> none = choice < 0;
   if (mode == Choice::offsets) {
     store_u8_n<C>(static_cast<uint8_t*>(to) + at, choice | none, n);

@@ -2,6 +2,7 @@
 
 #include <memory>
 
+#include "common/scratch.h"
 #include "dispatch/op_table.h"
 
 namespace cnnops {
@@ -21,7 +22,8 @@ void* data(const OptionalTensor& t) { return t ? t->data : nullptr; }
 NamedTensor image(const char* label, const OptionalTensor& t, const Tensor& x) { return {label, t ? &*t : &x}; }
 
 // The dtype that the vectors given share: that of x, or float32 beside a 16-bit x.
-DType affine_dtype(const char* op, const Tensor& x, std::initializer_list<std::pair<const char*, const OptionalTensor*>> all) {
+DType affine_dtype(const char* op, const Tensor& x,
+                   std::initializer_list<std::pair<const char*, const OptionalTensor*>> all) {
   DType dtype = x.dtype;
   for (const auto& [label, t] : all)
     if (*t) dtype = (*t)->dtype;
@@ -34,8 +36,8 @@ DType affine_dtype(const char* op, const Tensor& x, std::initializer_list<std::p
 }
 
 void expect_statistics(const char* op, const Tensor& mean, const Tensor& var, int64_t c) {
-  CNNOPS_CHECK(mean.dtype != DType::other && mean.dtype != DType::u8 && mean.dtype != DType::i64, std::runtime_error, op,
-               ": mean is in ", name(mean.dtype), ", which is not a floating-point dtype");
+  CNNOPS_CHECK(mean.dtype != DType::other && mean.dtype != DType::u8 && mean.dtype != DType::i64, std::runtime_error,
+               op, ": mean is in ", name(mean.dtype), ", which is not a floating-point dtype");
   expect_contiguous(op, {"mean", &mean}, mean.dtype, {c});
   expect_contiguous(op, {"var", &var}, mean.dtype, {c});
 }
@@ -58,8 +60,8 @@ BatchNormParams parameters(const char* op, Layout layout, const Tensor& x, const
 }
 
 void run_with_workspace(const char* pass, DType dtype, BatchNormParams p, int kernel) {
-  const std::unique_ptr<char[]> workspace(new char[batch_norm_workspace_bytes(p)]);
-  p.workspace = workspace.get();
+  const Scratch<char> workspace(static_cast<int64_t>(batch_norm_workspace_bytes(p)));
+  p.workspace = workspace.data;
   run(table<BatchNormParams>(), pass, dtype, p, kernel);
 }
 
@@ -93,7 +95,8 @@ void backward(const OptionalTensor& dx, const OptionalTensor& dweight, const Opt
   const Layout layout = common_layout(kOp, x.dtype, images);
   for (const NamedTensor& t : images) expect_shape(kOp, t, {x.shape[0], x.shape[1], x.shape[2], x.shape[3]});
   BatchNormParams p = parameters(kOp, layout, x, mean, var, eps, activation, threads);
-  p.affine = affine_dtype(kOp, x, {{"weight", &weight}, {"bias", &bias}, {"weight's gradient", &dweight}, {"bias's gradient", &dbias}});
+  p.affine = affine_dtype(
+      kOp, x, {{"weight", &weight}, {"bias", &bias}, {"weight's gradient", &dweight}, {"bias's gradient", &dbias}});
   p.training = training;
   p.weight = data(weight), p.bias = data(bias), p.residual = data(residual);
   p.dy = dy.data, p.saved_y = data(y);
@@ -102,10 +105,11 @@ void backward(const OptionalTensor& dx, const OptionalTensor& dweight, const Opt
 }
 
 // running = (1 - momentum) * running + momentum * observed, with the unbiased variance of `count` elements.
-void update(const Tensor& running_mean, const Tensor& running_var, const Tensor& mean, const Tensor& var, double momentum,
-            int64_t count) {
+void update(const Tensor& running_mean, const Tensor& running_var, const Tensor& mean, const Tensor& var,
+            double momentum, int64_t count) {
   static constexpr const char* kOp = "batch_norm";
-  CNNOPS_CHECK(mean.ndim == 1 && mean.dtype == DType::f64, std::invalid_argument, kOp, ": mean must be a float64 vector");
+  CNNOPS_CHECK(mean.ndim == 1 && mean.dtype == DType::f64, std::invalid_argument, kOp,
+               ": mean must be a float64 vector");
   const int64_t c = mean.shape[0];
   expect_statistics(kOp, mean, var, c);
   for (const NamedTensor& t : {NamedTensor{"running_mean", &running_mean}, {"running_var", &running_var}}) {

@@ -33,8 +33,7 @@ IndexPool2dParams validate(const char* op, const Tensor& in, const Tensor& out, 
       kernel = stride = dilation = {1, 1};  // not used
     }
   }
-  p.windows = windows(op, *kernel, stride, padding, dilation, {p.h, p.w},
-                      p.adaptive ? Pair{1, 1} : Pair{p.p, p.q});
+  p.windows = windows(op, *kernel, stride, padding, dilation, {p.h, p.w}, p.adaptive ? Pair{1, 1} : Pair{p.p, p.q});
   CNNOPS_CHECK(p.mode != Choice::offsets || p.windows.kernel_h * p.windows.kernel_w <= kNoOffset, std::invalid_argument,
                op, ": a kernel of ", p.windows.kernel_h, " x ", p.windows.kernel_w, " needs int64 indices");
   p.in = in.data, p.out = out.data, p.choice = choice.data, p.threads = threads;
@@ -44,7 +43,8 @@ IndexPool2dParams validate(const char* op, const Tensor& in, const Tensor& out, 
 void backward(const Tensor& dx, const Tensor& dy, const Tensor& choice, std::optional<Pair> kernel_size, Pair stride,
               Pair padding, Pair dilation, int threads, int kernel) {
   run(table<IndexPool2dParams>(), "backward", dx.dtype,
-      validate("index_pool2d_backward", dy, dx, dx, dy, choice, kernel_size, stride, padding, dilation, threads), kernel);
+      validate("index_pool2d_backward", dy, dx, dx, dy, choice, kernel_size, stride, padding, dilation, threads),
+      kernel);
 }
 
 void gather(const Tensor& dy, const Tensor& dx, const Tensor& choice, std::optional<Pair> kernel_size, Pair stride,

@@ -20,8 +20,8 @@ void forward(const Tensor& y, const std::optional<Tensor>& choice, const Tensor&
 }  // namespace
 
 void bind_max_pool2d(py::module_& m) {
-  m.def("max_pool2d_forward", &forward, "y"_a, "choice"_a, "x"_a, "kernel_size"_a, "stride"_a, "padding"_a, "dilation"_a,
-        "threads"_a, "kernel"_a = kSelect);
+  m.def("max_pool2d_forward", &forward, "y"_a, "choice"_a, "x"_a, "kernel_size"_a, "stride"_a, "padding"_a,
+        "dilation"_a, "threads"_a, "kernel"_a = kSelect);
 }
 
 }  // namespace cnnops

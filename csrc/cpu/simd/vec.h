@@ -164,6 +164,9 @@ template <class C, int N = lanes<C>>
     typename VectorOf<C, N / 2>::type half[2];
     std::memcpy(half, &v, sizeof half);
     return sum_lanes<C, N / 2>(half[0] + half[1]);
+  }
+}
+
 // Lanes of one byte, as ivec<C> and back (cut to 8 bits); the first n, as load_n and store_n. By intrinsics: g++ 12 takes
 // such vectors apart byte by byte.
 template <class C>

@@ -1,6 +1,6 @@
 """The operators, one file each; importing this package registers ``torch.ops.cnnops.*``."""
 
 from . import avg_pool2d as avg_pool2d
+from . import batch_norm as batch_norm
 from . import conv2d as conv2d
-from .batch_norm import batch_norm as batch_norm
-from .locally_connected2d import locally_connected2d as locally_connected2d
+from . import locally_connected2d as locally_connected2d

@@ -2,6 +2,7 @@
 
 #include <memory>
 
+#include "common/host_memory.h"
 #include "dispatch/op_table.h"
 
 namespace cnnops {
@@ -58,7 +59,8 @@ BatchNormParams parameters(const char* op, Layout layout, const Tensor& x, const
 }
 
 void run_with_workspace(const char* pass, DType dtype, BatchNormParams p, int kernel) {
-  const std::unique_ptr<char[]> workspace(new char[batch_norm_workspace_bytes(p)]);
+  const std::unique_ptr<void, decltype(&scratch_release)> workspace(
+      scratch_acquire(static_cast<size_t>(batch_norm_workspace_bytes(p))), &scratch_release);
   p.workspace = workspace.get();
   run(table<BatchNormParams>(), pass, dtype, p, kernel);
 }

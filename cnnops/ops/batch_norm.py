@@ -203,7 +203,13 @@ def _backward_backward(ctx: Any, *dgrads: Tensor | None) -> tuple[Any, ...]:
         def normalized(*inputs: Tensor) -> Tensor:
             n = dict(zip((k for k in ("x", "weight", "bias") if k in t), inputs, strict=True))
             running = (None, None) if training else (mean, var)
-            return F.batch_norm(n["x"], running[0], running[1], n.get("weight"), n.get("bias"), training, 0.0, eps)
+            # weight and bias stay outside: batch_norm's own second derivatives miss a bias without a weight.
+            z = F.batch_norm(n["x"], running[0], running[1], None, None, training, 0.0, eps)
+            if "weight" in n:
+                z = z * n["weight"][:, None, None]
+            if "bias" in n:
+                z = z + n["bias"][:, None, None]
+            return z.to(x.dtype)
 
         inputs = [t[k] for k in ("x", "weight", "bias") if k in t]
         z, transpose = torch.func.vjp(normalized, *inputs)[:2]
@@ -241,7 +247,7 @@ def _takes(
     training: bool, momentum: float, eps: float
 ) -> bool:  # fmt: skip
     """Whether the kernels take this call; whatever they do not take is PyTorch's to compute, or to refuse."""
-    if input.dim() < 2 or input.numel() == 0 or (running_mean is None) != (running_var is None):
+    if not isinstance(input, Tensor) or input.dim() < 2 or input.numel() == 0 or (running_mean is None) != (running_var is None):
         return False
     if not isinstance(momentum, (int, float)) or not isinstance(eps, (int, float)):
         return False
@@ -269,6 +275,10 @@ def _composite(
     input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     training: bool, momentum: float, eps: float, activation: int, residual: Tensor | None
 ) -> Tensor:  # fmt: skip
+    # PyTorch finds a weight on another device only after it has changed the running statistics.
+    for name, t in (("weight", weight), ("bias", bias), ("running_mean", running_mean), ("running_var", running_var)):
+        if t is not None and isinstance(input, Tensor) and t.device != input.device:
+            raise RuntimeError(f"batch_norm(): expected {name} on {input.device} like the input, but it is on {t.device}")
     y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     return _activation.apply(y if residual is None else y + residual, activation)
 
@@ -279,8 +289,8 @@ def _as_image(t: Tensor) -> Tensor:
         return t
     if t.dim() == 2:
         return t[:, :, None, None]
-    if t.dim() == 3:
-        return t.unsqueeze(2)
+    if t.dim() == 3:  # PyTorch has no channels_last of rank 3
+        return t.contiguous().unsqueeze(2)
     if t.dim() == 5 and t.stride(1) == 1 and not t.is_contiguous():
         t = t.contiguous(memory_format=torch.channels_last_3d)
     return t.flatten(2, -2)

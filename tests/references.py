@@ -57,7 +57,8 @@ def problem(op: str, pass_: str) -> Callable[[Callable[..., Iterator[Callable]]]
 
 
 def randn(*shape: int, dtype: torch.dtype, format: str = "nchw") -> Tensor:
-    return torch.randn(shape, dtype=torch.float64).to(dtype).contiguous(memory_format=FORMATS[format])
+    x = torch.randn(shape, dtype=torch.float64).to(dtype)
+    return x.contiguous(memory_format=FORMATS[format]) if x.dim() == 4 else x
 
 
 def empty(*shape: int, dtype: torch.dtype, format: str = "nchw") -> Tensor:
@@ -248,3 +249,236 @@ def _peak_fma() -> Iterator[Callable]:
 
     for threads, iterations in ((1, 0), (1, 1), (2, 5), (3, 8)):
         yield partial(run, threads=threads, iterations=iterations)
+# ---- Batch normalization ---------------------------------------------------------------------------------------------
+
+BATCH_NORMS = (
+    # Odd sizes, a plane of several pieces, one pixel, channels that fold into a row with pixels left over, many channels.
+    dict(shape=(2, 3, 9, 11), act=None, residual=False, weight=True, affine=None),
+    dict(shape=(3, 37, 8, 8), act="relu", residual=False, weight=True, affine=torch.float32),
+    dict(shape=(2, 3, 95, 97), act="relu", residual=True, weight=False, affine=None),
+    dict(shape=(7, 5, 1, 1), act="tanh", residual=True, weight=True, affine=None),
+    dict(shape=(37, 600, 1, 1), act="silu", residual=False, weight=True, affine=torch.float32),
+    dict(shape=(5, 16, 6, 7), act="gelu", residual=True, weight=False, affine=None),
+    dict(shape=(3, 20, 13, 5), act="softplus", residual=True, weight=True, affine=None),
+)
+
+
+def _batch_norm_inputs(dtype: torch.dtype, case: dict, format: str) -> dict:
+    """Tensors as the kernels get them, and a leaf in float64 of each."""
+    shape, channels = case["shape"], case["shape"][1]
+    affine = case["affine"] if case["affine"] and dtype in (torch.bfloat16, torch.float16) else dtype
+    scale, shift = torch.rand(channels).double() + 0.5, 3 * torch.randn(channels).double()
+    x = randn(*shape, dtype=torch.float64) * scale[:, None, None] + shift[:, None, None]
+    given = dict(x=x.to(dtype).contiguous(memory_format=FORMATS[format]))
+    given["residual"] = randn(*shape, dtype=dtype, format=format) if case["residual"] else None
+    given["weight"] = (torch.rand(channels) + 0.5).to(affine) if case["weight"] else None
+    given["bias"] = torch.randn(channels).to(affine) if case["weight"] else None
+    leaves = {k: None if v is None else v.double().requires_grad_() for k, v in given.items()}
+    return dict(given=given, leaves=leaves)
+
+
+def _batch_norm_oracle(leaves: dict, training: bool, mean: Tensor, var: Tensor, act: str | None) -> Tensor:
+    from cnnops.ops import _activation
+
+    # In float64, with sums by halves: torch's own batch_norm adds 1e4 terms one after the other, which shows in float64.
+    x = leaves["x"]
+    if training:
+        mean = x.mean((0, 2, 3))
+        var = (x - mean[:, None, None]).square().mean((0, 2, 3))
+    y = (x - mean.double()[:, None, None]) * (var.double() + 1e-3).rsqrt()[:, None, None]
+    if leaves["weight"] is not None:
+        y = y * leaves["weight"][:, None, None] + leaves["bias"][:, None, None]
+    y = y if leaves["residual"] is None else y + leaves["residual"]
+    return _activation.apply(y, _activation.INDEX[act])
+
+
+def _batch_norm_forward(training: bool) -> Iterator[Callable]:
+    from cnnops.ops import _activation
+
+    def run(dtype: torch.dtype, row: int, case: dict, format: str) -> Check:
+        inputs = _batch_norm_inputs(dtype, case, format)
+        given, channels = inputs["given"], case["shape"][1]
+        y = empty(*case["shape"], dtype=dtype, format=format)
+        kind = torch.float64 if training else dtype
+        mean, var = torch.randn(channels).to(kind), (torch.rand(channels) + 0.5).to(kind)
+        C.batch_norm_forward(
+            y, mean, var, given["x"], given["weight"], given["bias"], given["residual"], training, 1e-3,
+            _activation.INDEX[case["act"]], threads=2, kernel=row,
+        )  # fmt: skip
+        x = given["x"].double()
+        if training:
+            exact = x.mean((0, 2, 3)), (x - x.mean((0, 2, 3), keepdim=True)).square().mean((0, 2, 3))
+            Check(mean.to(compute(dtype)), exact[0], x.abs().mean((0, 2, 3))).verify()
+            Check(var.to(compute(dtype)), exact[1], 4 * exact[1]).verify()
+        expected = _batch_norm_oracle(inputs["leaves"], training, mean, var, case["act"]).detach()
+        # The terms of z: (x - mean) * invstd * weight, whose factors each come with a few roundings, bias, residual.
+        m, v = (exact[0], exact[1]) if training else (mean.double(), var.double())
+        # The mean is exact beside float32; in float64 it has an error of its own.
+        mean_size = m.abs() * (1 if dtype == torch.float64 else torch.finfo(torch.float32).eps)
+        magnitude = (x - m[:, None, None]).abs() + mean_size[:, None, None]
+        magnitude = magnitude * ((v + 1e-3).rsqrt() * (1 if given["weight"] is None else given["weight"].double()))[
+            :, None, None
+        ]
+        for name in ("bias", "residual"):
+            if given[name] is not None:
+                term = given[name].double().abs()
+                magnitude = magnitude + (term[:, None, None] if name == "bias" else term)
+        return Check(y, expected, 4 * magnitude + 1)
+
+    for format in FORMATS:
+        for case in BATCH_NORMS:
+            yield partial(run, case=case, format=format)
+
+
+def compute(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+problem("batch_norm", "training")(lambda: _batch_norm_forward(True))
+problem("batch_norm", "evaluation")(lambda: _batch_norm_forward(False))
+
+
+@problem("batch_norm", "backward")
+def _batch_norm_backward() -> Iterator[Callable]:
+    from cnnops.ops import _activation
+
+    def run(
+        dtype: torch.dtype, row: int, case: dict, format: str, training: bool, saved_y: bool, wants: tuple[bool, ...]
+    ) -> Check:
+        inputs = _batch_norm_inputs(dtype, case, format)
+        given, leaves, shape = inputs["given"], inputs["leaves"], case["shape"]
+        channels, act = shape[1], _activation.INDEX[case["act"]]
+        x, dy = given["x"].double(), randn(*shape, dtype=dtype, format=format)
+        if training:
+            mean, var = x.mean((0, 2, 3)), (x - x.mean((0, 2, 3), keepdim=True)).square().mean((0, 2, 3))
+        else:
+            mean, var = torch.randn(channels).to(dtype), (torch.rand(channels) + 0.5).to(dtype)
+        y = _batch_norm_oracle(leaves, training, mean, var, case["act"])
+        affine = given["weight"].dtype if case["weight"] else dtype
+        got = {
+            "x": empty(*shape, dtype=dtype, format=format),
+            "weight": empty(channels, dtype=affine) if case["weight"] else None,
+            "bias": empty(channels, dtype=affine) if case["weight"] else None,
+            "residual": empty(*shape, dtype=dtype, format=format) if case["residual"] else None,
+        }
+        got = {k: v if want else None for (k, v), want in zip(got.items(), wants, strict=True)}
+        result = None
+        if saved_y and act in _activation.OUTPUT_IS_ENOUGH:
+            # What forward stored; the oracle's derivative is taken there, too.
+            result = y.detach().to(dtype).contiguous(memory_format=FORMATS[format])
+        C.batch_norm_backward(
+            got["x"], got["weight"], got["bias"], got["residual"], dy, given["x"], result, given["residual"], mean, var,
+            given["weight"], given["bias"], training, 1e-3, act, threads=2, kernel=row,
+        )  # fmt: skip
+        z = _batch_norm_oracle(leaves, training, mean, var, None).detach().requires_grad_()
+        if result is None:
+            (slope,) = torch.autograd.grad(_activation.apply(z, act).sum(), z)
+        else:
+            from cnnops.ops.batch_norm import _derivative_of_output
+
+            slope = _derivative_of_output(result.double(), act) if act else torch.ones_like(z)
+        dz = dy.double() * slope
+        plain = _batch_norm_oracle(leaves, training, mean, var, None)
+        names = [k for k, v in got.items() if v is not None]
+        expected = dict(zip(names, torch.autograd.grad(plain, [leaves[k] for k in names], dz), strict=True))
+        # Magnitudes of the terms; an activation's derivative has an absolute error of a few roundings of its own.
+        size = dy.double().abs() * (slope.abs() + 1)
+        invstd = (var.double() + 1e-3).rsqrt()[:, None, None]
+        deviation = (x - mean.double()[:, None, None]).abs() * invstd
+        if dtype == torch.float64:  # where the mean has an error of its own
+            deviation = deviation + mean.abs()[:, None, None] * invstd
+        sums = {"bias": size.sum((0, 2, 3)), "weight": (size * deviation).sum((0, 2, 3))}
+        count = x.numel() / channels
+        through = (sums["bias"][:, None, None] + deviation * sums["weight"][:, None, None]) / count if training else 0
+        factor = 1 if given["weight"] is None else given["weight"].double()[:, None, None]
+        magnitude = {**sums, "residual": size, "x": 4 * factor * invstd * (size + through)}
+        for name in names[1:]:
+            Check(got[name], expected[name], 4 * magnitude[name]).verify()
+        storage = torch.finfo(dtype).eps / torch.finfo(compute(dtype)).eps if got["residual"] is not None else 1
+        # dz is stored in the dtype in between where dresidual is asked for.
+        return Check(got[names[0]], expected[names[0]], magnitude[names[0]] * max(1, storage / 4))
+
+    for format in FORMATS:
+        for i, case in enumerate(BATCH_NORMS):
+            for training in (True, False):
+                yield partial(
+                    run, case=case, format=format, training=training, saved_y=case["residual"] and i % 2 == 0,
+                    wants=(True, True, True, i != 2),
+                )  # fmt: skip
+    for wants in ((False, True, False, True), (True, False, False, False)):
+        yield partial(run, case=BATCH_NORMS[6], format="nhwc", training=True, saved_y=False, wants=wants)
+
+
+# ---- Locally connected layer -----------------------------------------------------------------------------------------
+
+LOCALLY_CONNECTED = (
+    # padding: top, bottom, left, right
+    dict(x=(2, 3, 9, 11), k=5, rs=(3, 3), stride=(1, 1), padding=(0, 0, 0, 0), dilation=(1, 1)),
+    dict(x=(19, 4, 7, 6), k=6, rs=(3, 2), stride=(2, 1), padding=(1, 1, 0, 1), dilation=(1, 2)),
+    dict(x=(1, 7, 12, 12), k=3, rs=(1, 1), stride=(1, 1), padding=(0, 0, 0, 0), dilation=(1, 1)),
+    dict(x=(5, 17, 4, 5), k=37, rs=(2, 3), stride=(1, 2), padding=(2, 2, 4, 4), dilation=(2, 2)),
+)
+
+
+def locally_connected2d_oracle(x: Tensor, weight: Tensor, conv: dict) -> Tensor:
+    """One convolution per output position, each with its own filters."""
+    top, bottom, left, right = conv["padding"]
+    padded = F.pad(x, (left, right, top, bottom))
+    p, q, *_, r, s = weight.shape
+    reach = [d * (taps - 1) + 1 for d, taps in zip(conv["dilation"], (r, s), strict=True)]
+    rows = []
+    for i in range(p):
+        row = []
+        for j in range(q):
+            h, w = i * conv["stride"][0], j * conv["stride"][1]
+            patch = padded[:, :, h : h + reach[0], w : w + reach[1]]
+            row.append(F.conv2d(patch, weight[i, j], dilation=conv["dilation"]))
+        rows.append(torch.cat(row, 3))
+    return torch.cat(rows, 2)
+
+
+def _locally_connected(wanted: str) -> Iterator[Callable]:
+    def run(dtype: torch.dtype, row: int, conv: dict, format: str, bias: int) -> Check:
+        n, c, h, w = conv["x"]
+        top, bottom, left, right = conv["padding"]
+        p, q = (
+            (size + pad - d * (taps - 1) - 1) // step + 1
+            for size, pad, d, taps, step in zip(
+                (h, w), (top + bottom, left + right), conv["dilation"], conv["rs"], conv["stride"], strict=True
+            )
+        )
+        k = conv["k"]
+        x, weight = randn(*conv["x"], dtype=dtype, format=format), randn(p, q, k, c, *conv["rs"], dtype=dtype)
+        dy = randn(n, k, p, q, dtype=dtype, format=format)
+        arguments = dict(stride=conv["stride"], padding=(top, left), dilation=conv["dilation"], threads=2, kernel=row)
+
+        def oracle(x: Tensor, weight: Tensor, dy: Tensor) -> Tensor:
+            x, weight = x.double().requires_grad_(), weight.double().requires_grad_()
+            y = locally_connected2d_oracle(x, weight, conv)
+            if wanted == "forward":
+                return y.detach()
+            return torch.autograd.grad(y, x if wanted == "input_grad" else weight, dy.double())[0]
+
+        expected, magnitude = oracle(x, weight, dy), oracle(x.abs(), weight.abs(), dy.abs())
+        if wanted == "forward":
+            b = (None, randn(k, dtype=dtype), randn(k, p, q, dtype=dtype))[bias]
+            got = empty(n, k, p, q, dtype=dtype, format=format)
+            C.locally_connected2d_forward(got, x, weight, b, **arguments)
+            if b is not None:
+                b = b.double() if b.dim() == 3 else b.double()[:, None, None]
+                expected, magnitude = expected + b, magnitude + b.abs()
+        elif wanted == "input_grad":
+            got = empty(*conv["x"], dtype=dtype, format=format)
+            C.locally_connected2d_input_grad(got, dy, weight, **arguments)
+        else:
+            got = empty(*weight.shape, dtype=dtype)
+            C.locally_connected2d_weight_grad(got, dy, x, **arguments)
+        return Check(got, expected, magnitude)
+
+    for format in FORMATS:
+        for i, conv in enumerate(LOCALLY_CONNECTED):
+            yield partial(run, conv=conv, format=format, bias=i % 3)
+
+
+for _pass in ("forward", "input_grad", "weight_grad"):
+    problem("locally_connected2d", _pass)(partial(_locally_connected, _pass))

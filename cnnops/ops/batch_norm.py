@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -126,8 +127,8 @@ def _evaluation_backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
 
 
 batch_norm_evaluation = Operator(
-    "batch_norm_evaluation(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? residual, float eps, "
-    "int activation) -> Tensor",
+    "batch_norm_evaluation(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? residual, "
+    "float eps, int activation) -> Tensor",
     _evaluation_kernel, _evaluation_fake, setup_context=_evaluation_setup, backward=_evaluation_backward,
     foldable=(0, 5),
 )  # fmt: skip
@@ -185,7 +186,7 @@ def _derivative_of_output(y: Tensor, activation: int) -> Tensor:
         return y * (1 - y)
     if name == "tanh":
         return 1 - y * y
-    return torch.where(y > 20, one, -torch.expm1(-y))  # softplus
+    return torch.where(y > math.log1p(math.exp(20)), one, -torch.expm1(-y))  # softplus
 
 
 def _backward_backward(ctx: Any, *dgrads: Tensor | None) -> tuple[Any, ...]:
@@ -201,11 +202,17 @@ def _backward_backward(ctx: Any, *dgrads: Tensor | None) -> tuple[Any, ...]:
 
         def normalized(*inputs: Tensor) -> Tensor:
             n = dict(zip((k for k in ("x", "weight", "bias") if k in t), inputs, strict=True))
-            statistics = (None, None) if training else (mean, var)
-            return F.batch_norm(n["x"], *statistics, n.get("weight"), n.get("bias"), training, 0.0, eps)
+            running = (None, None) if training else (mean, var)
+            # weight and bias stay outside: batch_norm's own second derivatives miss a bias without a weight.
+            z = F.batch_norm(n["x"], running[0], running[1], None, None, training, 0.0, eps)
+            if "weight" in n:
+                z = z * n["weight"][:, None, None]
+            if "bias" in n:
+                z = z + n["bias"][:, None, None]
+            return z.to(x.dtype)
 
         inputs = [t[k] for k in ("x", "weight", "bias") if k in t]
-        z, transpose = torch.func.vjp(normalized, *inputs)
+        z, transpose = torch.func.vjp(normalized, *inputs)[:2]
         dz = t["dy"]
         if activation and y is not None:
             dz = dz * _derivative_of_output(t["y"], activation)
@@ -219,7 +226,7 @@ def _backward_backward(ctx: Any, *dgrads: Tensor | None) -> tuple[Any, ...]:
     used = [want and d is not None for want, d in zip(wants, dgrads, strict=True)]
     if not any(used):
         return (None,) * 12
-    _, transpose = torch.func.vjp(gradients, *given.values())
+    _, transpose = torch.func.vjp(gradients, *given.values())[:2]
     back = dict(zip(given, transpose(tuple(d for d, use in zip(dgrads, used, strict=True) if use)), strict=True))
     return (
         back["dy"], back["x"], back.get("y"), back.get("residual"), None, None, back.get("weight"), back.get("bias"),
@@ -240,9 +247,11 @@ def _takes(
     training: bool, momentum: float, eps: float
 ) -> bool:  # fmt: skip
     """Whether the kernels take this call; whatever they do not take is PyTorch's to compute, or to refuse."""
-    if input.dim() < 2 or input.numel() == 0 or (running_mean is None) != (running_var is None):
+    if not isinstance(input, Tensor) or input.dim() < 2 or input.numel() == 0 or (running_mean is None) != (running_var is None):
         return False
-    if not isinstance(momentum, (int, float)) or not isinstance(eps, (int, float)) or eps < 0 or (training and eps == 0):
+    if not isinstance(momentum, (int, float)) or not isinstance(eps, (int, float)):
+        return False
+    if eps < 0 or (training and eps == 0):
         return False
     if not training and running_mean is None:
         return False
@@ -257,7 +266,7 @@ def _takes(
         t.dim() != 1 or t.shape[0] != channels or t.dtype != dtype or t.device != input.device for t in vectors
     ):
         return False
-    if running_mean is not None and running_var is not None and (running_mean.requires_grad or running_var.requires_grad):
+    if any(t is not None and t.requires_grad for t in (running_mean, running_var)):
         return False
     return not training or input.numel() != channels
 
@@ -266,6 +275,10 @@ def _composite(
     input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     training: bool, momentum: float, eps: float, activation: int, residual: Tensor | None
 ) -> Tensor:  # fmt: skip
+    # PyTorch finds a weight on another device only after it has changed the running statistics.
+    for name, t in (("weight", weight), ("bias", bias), ("running_mean", running_mean), ("running_var", running_var)):
+        if t is not None and isinstance(input, Tensor) and t.device != input.device:
+            raise RuntimeError(f"batch_norm(): expected {name} on {input.device} like the input, but it is on {t.device}")
     y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     return _activation.apply(y if residual is None else y + residual, activation)
 
@@ -276,21 +289,21 @@ def _as_image(t: Tensor) -> Tensor:
         return t
     if t.dim() == 2:
         return t[:, :, None, None]
-    if t.dim() == 3:
-        return t.unsqueeze(2)
+    if t.dim() == 3:  # PyTorch has no channels_last of rank 3
+        return t.contiguous().unsqueeze(2)
     if t.dim() == 5 and t.stride(1) == 1 and not t.is_contiguous():
         t = t.contiguous(memory_format=torch.channels_last_3d)
     return t.flatten(2, -2)
 
 
 def _update(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float, count: int) -> None:
-    if not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
-        if _plain((running_mean, running_var, mean, var)):
-            C.batch_norm_update(running_mean, running_var, mean, var, momentum, count)
-            for t in (running_mean, running_var):
-                if not t.is_inference():
-                    torch.autograd.graph.increment_version(t)
-            return
+    direct = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    if direct and _plain((running_mean, running_var, mean, var)):
+        C.batch_norm_update(running_mean, running_var, mean, var, momentum, count)
+        for t in (running_mean, running_var):
+            if not t.is_inference():
+                torch.autograd.graph.increment_version(t)
+        return
     with torch.no_grad():
         running_mean.copy_((1 - momentum) * running_mean + momentum * mean)
         running_var.copy_((1 - momentum) * running_var + momentum * (count / (count - 1)) * var)
@@ -309,7 +322,7 @@ def batch_norm(
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Batch normalization, as :func:`torch.nn.functional.batch_norm`, with a residual and an activation in the same pass:
+    """Batch normalization, as :func:`torch.nn.functional.batch_norm`, with a residual and an activation in one pass:
     ``y = activation(batch_norm(input) + residual)``.
 
     Args:
@@ -329,23 +342,24 @@ def batch_norm(
         The input's shape, dtype and memory format.
 
     Raises:
-        TypeError, ValueError or RuntimeError, as PyTorch; ValueError for an unknown activation; RuntimeError for a residual
-        of another shape, dtype or device. The running statistics are not touched then.
+        TypeError, ValueError or RuntimeError, as PyTorch; ValueError for an unknown activation; RuntimeError for a
+        residual of another shape, dtype or device. The running statistics are not touched then.
 
     Example:
         >>> x = torch.randn(8, 3, 5, 5)
         >>> batch_norm(x, None, None, training=True, activation="relu").shape
         torch.Size([8, 3, 5, 5])
 
-    Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift", 2015.
+    Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift",
+    2015.
     """
     act = _activation.index("batch_norm", activation)
     if residual is not None and (
         residual.shape != input.shape or residual.dtype != input.dtype or residual.device != input.device
     ):
         raise RuntimeError(
-            f"batch_norm(): expected a residual like the input, {list(input.shape)} in {input.dtype} on {input.device}, "
-            f"but got {list(residual.shape)} in {residual.dtype} on {residual.device}"
+            f"batch_norm(): expected a residual like the input, {list(input.shape)} in {input.dtype} on "
+            f"{input.device}, but got {list(residual.shape)} in {residual.dtype} on {residual.device}"
         )
     if not _takes(input, running_mean, running_var, weight, bias, training, momentum, eps) or needs_composite(
         input, weight, bias, residual
@@ -358,6 +372,7 @@ def batch_norm(
         if running_mean is not None and running_var is not None:
             _update(running_mean, running_var, mean, var, momentum, x.numel() // x.shape[1])
     else:
-        assert running_mean is not None and running_var is not None
+        assert running_mean is not None
+        assert running_var is not None
         y = batch_norm_evaluation(x, running_mean, running_var, weight, bias, added, eps, act)
     return y if input.dim() == 4 else y.view(input.shape)

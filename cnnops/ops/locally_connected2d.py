@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import _padding
 from ._core import C, Operator, dense, empty, memory_format, needs_composite, pair, supported, threads
+from .conv2d import _autocast
 
 _OP = "locally_connected2d"
 
@@ -43,9 +44,9 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     x, weight = ctx.saved_tensors
     dx = dw = db = None
     if ctx.needs_input_grad[0]:
-        dx = input_gradient(dy, weight, *ctx.input_size, *ctx.geometry)
+        dx = input_grad(dy, weight, *ctx.input_size, *ctx.geometry)
     if ctx.needs_input_grad[1]:
-        dw = weight_gradient(dy, x, *ctx.kernel_size, *ctx.geometry)
+        dw = weight_grad(dy, x, *ctx.kernel_size, *ctx.geometry)
     if ctx.needs_input_grad[2]:
         db = dy.sum(0) if ctx.bias_dims == 3 else dy.sum((0, 2, 3))
     return dx, dw, db, None, None, None
@@ -62,6 +63,7 @@ locally_connected2d_op = Operator(
     "locally_connected2d(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation) "
     "-> Tensor",
     _kernel, _fake, setup_context=_setup, backward=_backward, foldable=(0,), flops=_flops,
+    autocast=(0, 1, 2),
 )  # fmt: skip
 
 
@@ -71,7 +73,7 @@ def _input_kernel(
     dx = _input_fake(dy, weight, h, w)
     if dx.numel():
         dy = dense(dy, memory_format(dy))
-        C.locally_connected2d_backward_input(dx, dy, weight.contiguous(), stride, padding, dilation, threads())
+        C.locally_connected2d_input_grad(dx, dy, weight.contiguous(), stride, padding, dilation, threads())
     return dx
 
 
@@ -89,15 +91,15 @@ def _input_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _input_backward(ctx: Any, ddx: Tensor) -> tuple[Any, ...]:
     dy, weight = ctx.saved_tensors
     ddy = locally_connected2d_op(ddx, weight, None, *ctx.geometry) if ctx.needs_input_grad[0] else None
-    dw = weight_gradient(dy, ddx, *ctx.kernel_size, *ctx.geometry) if ctx.needs_input_grad[1] else None
+    dw = weight_grad(dy, ddx, *ctx.kernel_size, *ctx.geometry) if ctx.needs_input_grad[1] else None
     return ddy, dw, None, None, None, None, None
 
 
-input_gradient = Operator(
-    "locally_connected2d_input_gradient(Tensor dy, Tensor weight, SymInt h, SymInt w, int[2] stride, int[2] padding, "
+input_grad = Operator(
+    "locally_connected2d_input_grad(Tensor dy, Tensor weight, SymInt h, SymInt w, int[2] stride, int[2] padding, "
     "int[2] dilation) -> Tensor",
     _input_kernel, _input_fake, setup_context=_input_setup, backward=_input_backward, foldable=(0,),
-    flops=lambda dy, weight, *_, **__: _flops(dy, weight),
+    flops=lambda dy, weight, *_, **__: _flops(dy, weight), autocast=(0, 1),
 )  # fmt: skip
 
 
@@ -109,7 +111,7 @@ def _weight_kernel(
         return dw.zero_()
     if dw.numel():
         format = memory_format(x)
-        C.locally_connected2d_backward_weight(
+        C.locally_connected2d_weight_grad(
             dw, dense(dy, format), dense(x, format), stride, padding, dilation, threads()
         )
     return dw
@@ -129,15 +131,15 @@ def _weight_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _weight_backward(ctx: Any, ddw: Tensor) -> tuple[Any, ...]:
     dy, x = ctx.saved_tensors
     ddy = locally_connected2d_op(x, ddw, None, *ctx.geometry) if ctx.needs_input_grad[0] else None
-    dx = input_gradient(dy, ddw, *ctx.input_size, *ctx.geometry) if ctx.needs_input_grad[1] else None
+    dx = input_grad(dy, ddw, *ctx.input_size, *ctx.geometry) if ctx.needs_input_grad[1] else None
     return ddy, dx, None, None, None, None, None
 
 
-weight_gradient = Operator(
-    "locally_connected2d_weight_gradient(Tensor dy, Tensor x, SymInt r, SymInt s, int[2] stride, int[2] padding, "
+weight_grad = Operator(
+    "locally_connected2d_weight_grad(Tensor dy, Tensor x, SymInt r, SymInt s, int[2] stride, int[2] padding, "
     "int[2] dilation) -> Tensor",
     _weight_kernel, _weight_fake, setup_context=_weight_setup, backward=_weight_backward,
-    flops=lambda dy, x, r, s, *_, **__: 2 * dy[0] * dy[1] * dy[2] * dy[3] * x[1] * r * s,
+    flops=lambda dy, x, r, s, *_, **__: 2 * dy[0] * dy[1] * dy[2] * dy[3] * x[1] * r * s, autocast=(0, 1),
 )  # fmt: skip
 
 
@@ -193,20 +195,21 @@ def locally_connected2d(
         >>> locally_connected2d(torch.randn(2, 3, 8, 8), weight).shape
         torch.Size([2, 4, 6, 6])
     """
+    if torch.is_autocast_enabled("cpu"):
+        input, weight, bias = _autocast(input, weight, bias)  # type: ignore[assignment]
     step, spread = pair(stride, "stride", _OP), pair(dilation, "dilation", _OP)
     if min(step) <= 0 or min(spread) <= 0:
         raise RuntimeError(f"{_OP}(): stride and dilation must be positive, but got {step} and {spread}")
     if weight.dim() != 6:
         raise RuntimeError(f"{_OP}(): expected weight of shape [P, Q, K, C, R, S], but got {list(weight.shape)}")
     if input.dim() not in (3, 4):
-        raise RuntimeError(
-            f"{_OP}(): expected input of shape [N, C, H, W] or [C, H, W], but got {list(input.shape)}"
-        )
+        raise RuntimeError(f"{_OP}(): expected input of shape [N, C, H, W] or [C, H, W], but got {list(input.shape)}")
     x = input if input.dim() == 4 else input.unsqueeze(0)
     p, q, k, c, r, s = weight.shape
     if x.shape[1] != c:
         raise RuntimeError(
-            f"{_OP}(): weight of shape {list(weight.shape)} expects input with {c} channels, but got {list(input.shape)}"
+            f"{_OP}(): weight of shape {list(weight.shape)} expects input with {c} channels, but got "
+            f"{list(input.shape)}"
         )
     if min(k, r, s) == 0 or c == 0:
         raise RuntimeError(f"{_OP}(): weight must have channels and taps, but got {list(weight.shape)}")
@@ -221,13 +224,14 @@ def locally_connected2d(
     reach = spread[0] * (r - 1) + 1, spread[1] * (s - 1) + 1
     if reach[0] > height or reach[1] > width:
         raise RuntimeError(
-            f"{_OP}(): the kernel of {(r, s)} with dilation {spread} is larger than the padded input of {(height, width)}"
+            f"{_OP}(): the kernel of {(r, s)} with dilation {spread} is larger than the padded input of "
+            f"{(height, width)}"
         )
     output = (height - reach[0]) // step[0] + 1, (width - reach[1]) // step[1] + 1
     if output != (p, q):
         raise RuntimeError(
-            f"{_OP}(): expected weight for the {output[0]} x {output[1]} output positions of input {list(input.shape)}, "
-            f"but it is {list(weight.shape)}"
+            f"{_OP}(): expected weight for the {output[0]} x {output[1]} output positions of input "
+            f"{list(input.shape)}, but it is {list(weight.shape)}"
         )
     if bias is not None and tuple(bias.shape) not in ((k,), (k, p, q)):
         raise RuntimeError(f"{_OP}(): expected bias of shape {[k]} or {[k, p, q]}, but got {list(bias.shape)}")

@@ -24,4 +24,7 @@ constexpr const char* kActivationNames[] = {"none", "relu",     "relu6", "leaky_
                                             "tanh", "softplus", "silu",  "hardswish",  "gelu"};
 constexpr int kActivations = sizeof kActivationNames / sizeof kActivationNames[0];
 
+// softplus(20): where its threshold lies in terms of its result.
+constexpr double kSoftplusOf20 = 20.000000002061153;
+
 }  // namespace cnnops

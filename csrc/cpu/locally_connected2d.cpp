@@ -122,7 +122,7 @@ template <int kFilters, class T>
 }
 
 template <class T>
-void backward_input(const Params& p) {
+void input_grad(const Params& p) {
   using C = compute_t<T>;
   const int64_t length = p.c * p.r * p.s, row = locally_connected2d_row(p), positions = p.p * p.q;
   const int64_t group = locally_connected2d_images(p);
@@ -191,7 +191,7 @@ template <int kFilters, class T>
 }
 
 template <class T>
-void backward_weight(const Params& p) {
+void weight_grad(const Params& p) {
   using C = compute_t<T>;
   const int64_t length = p.c * p.r * p.s, row = locally_connected2d_row(p), positions = p.p * p.q;
   const int64_t filters = positions >= 64 ? p.k : 16, parts = ceil_div(p.k, filters);
@@ -220,5 +220,5 @@ void backward_weight(const Params& p) {
 }  // namespace cnnops::CNNOPS_ISA
 
 CNNOPS_EXPORT(locally_connected2d_forward, LocallyConnected2dParams, forward)
-CNNOPS_EXPORT(locally_connected2d_backward_input, LocallyConnected2dParams, backward_input)
-CNNOPS_EXPORT(locally_connected2d_backward_weight, LocallyConnected2dParams, backward_weight)
+CNNOPS_EXPORT(locally_connected2d_input_grad, LocallyConnected2dParams, input_grad)
+CNNOPS_EXPORT(locally_connected2d_weight_grad, LocallyConnected2dParams, weight_grad)

@@ -2,6 +2,7 @@
 
 #include <memory>
 
+#include "common/host_memory.h"
 #include "dispatch/op_table.h"
 
 namespace cnnops {
@@ -36,7 +37,8 @@ LocallyConnected2dParams validate(const char* op, const Tensor& x, const Tensor&
 }
 
 void run_with_workspace(const char* pass, DType dtype, LocallyConnected2dParams p, int kernel) {
-  const std::unique_ptr<char[]> workspace(new char[locally_connected2d_workspace_bytes(p)]);
+  const std::unique_ptr<void, decltype(&scratch_release)> workspace(
+      scratch_acquire(static_cast<size_t>(locally_connected2d_workspace_bytes(p))), &scratch_release);
   p.workspace = workspace.get();
   run(table<LocallyConnected2dParams>(), pass, dtype, p, kernel);
 }
@@ -58,20 +60,20 @@ void forward(const Tensor& y, const Tensor& x, const Tensor& weight, const std::
   run_with_workspace("forward", x.dtype, p, kernel);
 }
 
-void backward_input(const Tensor& dx, const Tensor& dy, const Tensor& weight, Pair stride, Pair padding, Pair dilation,
+void input_grad(const Tensor& dx, const Tensor& dy, const Tensor& weight, Pair stride, Pair padding, Pair dilation,
                     int threads, int kernel) {
   LocallyConnected2dParams p =
-      validate("locally_connected2d_input_gradient", dx, weight, dy, stride, padding, dilation, threads);
+      validate("locally_connected2d_input_grad", dx, weight, dy, stride, padding, dilation, threads);
   p.dy = dy.data, p.weight = weight.data, p.dx = dx.data;
-  run_with_workspace("backward_input", dx.dtype, p, kernel);
+  run_with_workspace("input_grad", dx.dtype, p, kernel);
 }
 
-void backward_weight(const Tensor& dw, const Tensor& dy, const Tensor& x, Pair stride, Pair padding, Pair dilation,
+void weight_grad(const Tensor& dw, const Tensor& dy, const Tensor& x, Pair stride, Pair padding, Pair dilation,
                      int threads, int kernel) {
   LocallyConnected2dParams p =
-      validate("locally_connected2d_weight_gradient", x, dw, dy, stride, padding, dilation, threads);
+      validate("locally_connected2d_weight_grad", x, dw, dy, stride, padding, dilation, threads);
   p.dy = dy.data, p.x = x.data, p.dw = dw.data;
-  run_with_workspace("backward_weight", x.dtype, p, kernel);
+  run_with_workspace("weight_grad", x.dtype, p, kernel);
 }
 
 }  // namespace
@@ -79,9 +81,9 @@ void backward_weight(const Tensor& dw, const Tensor& dy, const Tensor& x, Pair s
 void bind_locally_connected2d(py::module_& m) {
   m.def("locally_connected2d_forward", &forward, "y"_a, "x"_a, "weight"_a, "bias"_a, "stride"_a, "padding"_a,
         "dilation"_a, "threads"_a, "kernel"_a = kSelect);
-  m.def("locally_connected2d_backward_input", &backward_input, "dx"_a, "dy"_a, "weight"_a, "stride"_a, "padding"_a,
+  m.def("locally_connected2d_input_grad", &input_grad, "dx"_a, "dy"_a, "weight"_a, "stride"_a, "padding"_a,
         "dilation"_a, "threads"_a, "kernel"_a = kSelect);
-  m.def("locally_connected2d_backward_weight", &backward_weight, "dw"_a, "dy"_a, "x"_a, "stride"_a, "padding"_a,
+  m.def("locally_connected2d_weight_grad", &weight_grad, "dw"_a, "dy"_a, "x"_a, "stride"_a, "padding"_a,
         "dilation"_a, "threads"_a, "kernel"_a = kSelect);
 }
 

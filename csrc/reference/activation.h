@@ -52,7 +52,7 @@ double derivative_of_output(double y, Activation a) {
     case Activation::elu: return y < 0 ? y + 1 : 1;
     case Activation::sigmoid: return y * (1 - y);
     case Activation::tanh: return 1 - y * y;
-    case Activation::softplus: return y > 20 ? 1 : -__builtin_expm1(-y);
+    case Activation::softplus: return y > kSoftplusOf20 ? 1 : -__builtin_expm1(-y);
     default: return derivative(y, a);
   }
 }

@@ -1,4 +1,4 @@
-// Plain loops in float64, straight from the contract.
+// Plain loops, straight from the contract: float64, and long double for sums over many elements.
 #include "ops/batch_norm.h"
 
 #include "reference/activation.h"
@@ -45,15 +45,15 @@ void training(const BatchNormParams& p) {
   const Image<const T> x(p.x, p.layout, p.c, p.h, p.w);
   const double count = static_cast<double>(p.n * p.h * p.w);
   for (int64_t c = 0; c < p.c; ++c) {
-    double sum = 0, squares = 0;
+    long double sum = 0, squares = 0;
     for_each_of_channel(p, c, [&](int64_t n, int64_t, int64_t h, int64_t w) { sum += x.get(n, c, h, w); });
-    const double mean = sum / count;
+    const double mean = static_cast<double>(sum / count);
     for_each_of_channel(p, c, [&](int64_t n, int64_t, int64_t h, int64_t w) {
       const double d = x.get(n, c, h, w) - mean;
       squares += d * d;
     });
     batch_norm_set(p.mean, p.statistics, c, mean);
-    batch_norm_set(p.var, p.statistics, c, squares / count);
+    batch_norm_set(p.var, p.statistics, c, static_cast<double>(squares / count));
   }
   evaluation<T>(p);
 }
@@ -70,11 +70,12 @@ void backward(const BatchNormParams& p) {
       return dy.get(n, c, h, w) * (p.saved_y ? derivative_of_output(y.get(n, c, h, w), p.activation)
                                              : derivative(pre_activation<T>(p, k, n, c, h, w), p.activation));
     };
-    double sum = 0, dot = 0;
+    long double long_sum = 0, long_dot = 0;
     for_each_of_channel(p, c, [&](int64_t n, int64_t, int64_t h, int64_t w) {
-      sum += dz(n, h, w);
-      dot += dz(n, h, w) * (x.get(n, c, h, w) - k.mean) * k.invstd;
+      long_sum += dz(n, h, w);
+      long_dot += dz(n, h, w) * (x.get(n, c, h, w) - k.mean) * k.invstd;
     });
+    const double sum = static_cast<double>(long_sum), dot = static_cast<double>(long_dot);
     for_each_of_channel(p, c, [&](int64_t n, int64_t, int64_t h, int64_t w) {
       const double d = dz(n, h, w);
       const double through = p.training ? (sum + (x.get(n, c, h, w) - k.mean) * k.invstd * dot) / count : 0;

@@ -34,7 +34,7 @@ void forward(const Params& p) {
 }
 
 template <class T>
-void backward_input(const Params& p) {
+void input_grad(const Params& p) {
   const Image<const T> dy(p.dy, p.layout, p.k, p.p, p.q);
   const T* const weight = static_cast<const T*>(p.weight);
   Image<T> dx(p.dx, p.layout, p.c, p.h, p.w);
@@ -50,7 +50,7 @@ void backward_input(const Params& p) {
 }
 
 template <class T>
-void backward_weight(const Params& p) {
+void weight_grad(const Params& p) {
   const Image<const T> x(p.x, p.layout, p.c, p.h, p.w), dy(p.dy, p.layout, p.k, p.p, p.q);
   T* const dw = static_cast<T*>(p.dw);
   for_each(p.p, p.q, p.k, p.c, [&](int64_t pp, int64_t qq, int64_t k, int64_t c) {
@@ -68,5 +68,5 @@ void backward_weight(const Params& p) {
 }  // namespace cnnops::reference
 
 CNNOPS_EXPORT(locally_connected2d_forward, LocallyConnected2dParams, forward)
-CNNOPS_EXPORT(locally_connected2d_backward_input, LocallyConnected2dParams, backward_input)
-CNNOPS_EXPORT(locally_connected2d_backward_weight, LocallyConnected2dParams, backward_weight)
+CNNOPS_EXPORT(locally_connected2d_input_grad, LocallyConnected2dParams, input_grad)
+CNNOPS_EXPORT(locally_connected2d_weight_grad, LocallyConnected2dParams, weight_grad)

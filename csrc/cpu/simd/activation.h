@@ -211,7 +211,7 @@ template <Activation A, class C>
   } else if constexpr (A == Activation::tanh) {
     return one - y * y;
   } else if constexpr (A == Activation::softplus) {
-    return y > C(20) ? one : -expm1_negative(-y);
+    return y > C(kSoftplusOf20) ? one : -expm1_negative(-y);
   } else {  // monotonic, and fixed at 0 and 6: y says what z would
     return derivative<A, C>(y);
   }

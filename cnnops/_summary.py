@@ -153,9 +153,9 @@ class _Fields(TorchDispatchMode):
         dilation = _two(named.get("dilation") or (1, 1))
         # By the arguments' names rather than the op's: torch's and cnnops' operators have these in common.
         if isinstance(weight, Tensor) and weight.dim() >= 4 and "stride" in named:
-            kernel, stride = weight.shape[-2:], _two(named["stride"])
+            taps, stride = weight.shape[-2:], _two(named["stride"])
             transposed = named.get("transposed") or "transpose" in name or "input_grad" in name
-            return _transposed(at, kernel, stride, dilation) if transposed else at.window(kernel, stride, dilation)
+            return _transposed(at, taps, stride, dilation) if transposed else at.window(taps, stride, dilation)
         kernel = named.get("kernel_size", named.get("kernel"))
         if "pool2d" in name and kernel is not None:
             return at.window(_two(kernel), _two(named.get("stride") or kernel), dilation)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from .check import Part
 from .suites import Layer
@@ -35,7 +36,8 @@ REFERENCE_ELEMENTS = 1 << 23
 
 @dataclass
 class Case:
-    """One entry of the benchmark, ready to run. ``parts`` takes what ``ours`` or ``theirs`` returned."""
+    """One entry of the benchmark, ready to run (under ``torch.no_grad``: what is differentiated is a retained graph).
+    ``parts`` takes what ``ours`` or ``theirs`` returned."""
 
     ours: Callable[[], Any]
     theirs: Callable[[], Any]
@@ -58,13 +60,16 @@ def build(
 ) -> Case:
     """The calls of one entry."""
     make = Make(dtype, layout, data, torch.Generator().manual_seed(seed))
-    if layer.op == "conv2d":
-        return _conv2d(layer, pass_, batch, make)
-    if layer.op == "conv_transpose2d":
-        return _conv_transpose2d(layer, pass_, batch, make)
-    if layer.op == "batch_norm":
-        return _batch_norm(layer, pass_, batch, make)
-    return _pooling(layer, pass_, batch, make)
+    builders = {"conv2d": _conv2d, "conv_transpose2d": _conv_transpose2d, "batch_norm": _batch_norm}
+    case = builders.get(layer.op, _pooling)(layer, pass_, batch, make)
+    unseeded = case.parts
+
+    def parts(result: Any) -> Iterator[Part]:
+        make.generator.manual_seed(seed + 1)  # the same parts of cnnops' result and of PyTorch's
+        yield from unseeded(result)
+
+    case.parts = parts
+    return case
 
 
 class Make:
@@ -94,10 +99,12 @@ class Make:
         return self._finish(values.sign() * 10**exponent)
 
     def some(self, count: int, among: int) -> Tensor:
-        """Up to `count` of range(among), sorted, the last one (where tails are) included."""
+        """Up to `count` of range(among), sorted; of several, one is the last, where tails are."""
         if count >= among:
             return torch.arange(among)
-        picked = torch.randperm(among - 1, generator=self.generator)[: max(count, 1) - 1]
+        if count <= 1:
+            return torch.randint(among, (1,), generator=self.generator)
+        picked = torch.randperm(among - 1, generator=self.generator)[: count - 1]
         return torch.cat((picked, torch.tensor([among - 1]))).sort().values
 
 
@@ -138,9 +145,7 @@ def _conv2d(layer: Layer, pass_: str, n: int, make: Make) -> Case:
         x, weight = make.image(n, c, h, w), make.normal(k, c // groups, r, s, scale=fan**-0.5)
         bias = make.normal(k) if layer["bias"] else None
         residual = make.normal(n, k, p, q) if layer["residual"] else None
-        fused = {"activation": activation, "residual": residual} if activation != "none" or layer["residual"] else {}
-        if activation == "none":
-            fused.pop("activation", None)
+        fused = partial(functional.conv2d, activation=None if activation == "none" else activation, residual=residual)
 
         def theirs() -> Tensor:
             z = F.conv2d(x, weight, bias, stride, pad, dilation, groups)
@@ -158,7 +163,7 @@ def _conv2d(layer: Layer, pass_: str, n: int, make: Make) -> Case:
             yield Part("output", y[images][:, ks], _activate(activation, expected), magnitude, fan)
 
         return Case(
-            partial(functional.conv2d, x, weight, bias, stride, pad, dilation, groups, **fused),
+            partial(fused, x, weight, bias, stride, pad, dilation, groups),
             theirs,
             parts,
             size(x, weight, bias, residual) + n * k * p * q * x.element_size(),
@@ -175,9 +180,7 @@ def _conv2d(layer: Layer, pass_: str, n: int, make: Make) -> Case:
             inner = slice(None) if g > 1 or groups > 1 else cs
             ws, dys = weight[ks][:, inner].double(), dy[images][:, ks].double()
             shape = (len(images), len(cs), h, w)
-            gradient = partial(
-                torch.nn.grad.conv2d_input, shape, stride=stride, padding=pad, dilation=dilation, groups=g
-            )
+            gradient = partial(conv2d_input, shape, stride=stride, padding=pad, dilation=dilation, groups=g)
             yield Part(
                 "input gradient",
                 dx[images][:, cs],
@@ -201,9 +204,7 @@ def _conv2d(layer: Layer, pass_: str, n: int, make: Make) -> Case:
         cs, ks, g = chosen.backward_weight()
         inner = slice(None) if groups > 1 else cs
         shape = (len(ks), len(cs) // g, r, s)
-        gradient = partial(
-            torch.nn.grad.conv2d_weight, weight_size=shape, stride=stride, padding=pad, dilation=dilation, groups=g
-        )
+        gradient = partial(conv2d_weight, weight_size=shape, stride=stride, padding=pad, dilation=dilation, groups=g)
         expected = torch.zeros(shape, dtype=torch.float64)
         magnitude = torch.zeros(shape, dtype=torch.float64)
         for i in range(n):  # one image at a time: PyTorch unfolds all images that it is given
@@ -356,8 +357,9 @@ def median_by_sorting(x: Tensor, kernel: Sequence[int], stride: Sequence[int], p
 def median_by_unfolding(x: Tensor, kernel: Sequence[int], stride: Sequence[int], pad: Sequence[int]) -> Tensor:
     """What PyTorch users write for a median filter."""
     if any(pad):
-        x = F.pad(x, (pad[1], pad[1], pad[0], pad[0]))
-    return x.unfold(2, kernel[0], stride[0]).unfold(3, kernel[1], stride[1]).flatten(4).median(-1).values
+        x = F.pad(x, (pad[1], pad[1], pad[0], pad[0]), value=math.nan)
+    windows = x.unfold(2, kernel[0], stride[0]).unfold(3, kernel[1], stride[1]).flatten(4)
+    return (windows.nanmedian(-1) if any(pad) else windows.median(-1)).values
 
 
 def _pooling(layer: Layer, pass_: str, n: int, make: Make) -> Case:
@@ -511,16 +513,15 @@ def _batch_norm(layer: Layer, pass_: str, n: int, make: Make) -> Case:
 
     def backward_parts(result: tuple[Tensor, ...]) -> Iterator[Part]:
         inputs = [chosen(t).requires_grad_() for t in leaves]
-        z, m, v, _ = exact(inputs)
-        dys = chosen(dy)
-        dz = torch.zeros_like(z) + 0
-        if activation == "none":
-            dz = dys
-        else:
+        z, m, v, terms_of_z = exact(inputs)
+        dz = dys = chosen(dy)
+        if activation != "none":
             at = z.detach().requires_grad_()
             (dz,) = torch.autograd.grad(_activate(activation, at.clone()), at, dys)
         expected = torch.autograd.grad(z, inputs, dz)
         scale, size = (v.detach() + eps).rsqrt(), dz.abs()
+        if activation not in ("none", "relu", "leaky_relu", "relu6"):  # the slope follows z, at a rate of less than 1
+            size = size + dys.abs() * terms_of_z.detach()
         spread = (inputs[0].detach().abs() + _column(m.detach().abs())) * _column(scale)
         total = size
         if training:

@@ -54,7 +54,7 @@ def verify(parts: Iterable[Part]) -> Verdict:
         if verdict is None:
             scale = expected.square().mean().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
             eps = max(arithmetic.eps, storage.eps)
-            worst = (error / (eps * magnitude).clamp_min(storage.smallest_normal)).max()
+            worst = (error / (eps * magnitude + storage.smallest_normal)).max()
             verdict = Verdict("", float(error.square().mean().sqrt() / scale), float(worst))
         if bad.any():
             at = tuple(int(i) for i in bad.nonzero()[0])

@@ -55,8 +55,8 @@ def summarize(results: Sequence[Result]) -> list[Result]:
 def _number(value: float | None) -> str:
     if value is None:
         return "-"
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
+    if value == 0 or not math.isfinite(value) or abs(value) >= 1e7:
+        return f"{value:.3g}"
     digits = max(0, 2 - math.floor(math.log10(abs(value))))
     return f"{value:.{min(digits, 4)}f}"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import platform
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,7 +111,7 @@ def run(entries: Sequence[Entry], options: Options, machine: dict[str, Any]) -> 
             case = build(
                 entry.layer, entry.pass_, DTYPES[entry.dtype], entry.layout, entry.batch, options.data, options.seed
             )
-            verdict = verify(case.parts(case.ours()))
+            verdict = verify(case.parts(_call(case.ours)))
         except Exception as error:
             result.update(status="error", message=f"{type(error).__name__}: {error}".splitlines()[0])
             yield result
@@ -127,15 +127,20 @@ def run(entries: Sequence[Entry], options: Options, machine: dict[str, Any]) -> 
         yield result
 
 
+def _call(function: Callable[[], Any]) -> Any:
+    with torch.no_grad():
+        return function()
+
+
 def _errors(case: Case, rms: float, worst: float) -> dict[str, Any]:
-    # The same parts of the same data: both sides' results are drawn before, and each is held against them.
-    theirs = verify(case.parts(case.theirs()))
+    theirs = verify(case.parts(_call(case.theirs)))
     ratio = rms / theirs.rms if theirs.rms else (1.0 if rms == 0 else float("inf"))
     return {"pytorch_check": {"rms": theirs.rms, "worst": theirs.worst}, "error_ratio": ratio}
 
 
 def _times(case: Case, entry: Entry, options: Options, machine: dict[str, Any]) -> dict[str, Any]:
-    ours, theirs, ratio = in_turn(case.ours, case.theirs, options.warmup, options.repeats, options.min_time)
+    with torch.no_grad():
+        ours, theirs, ratio = in_turn(case.ours, case.theirs, options.warmup, options.repeats, options.min_time)
     gbps = case.bytes / ours.median / 1e9
     found: dict[str, Any] = {
         "ours": ours.to_dict(),

@@ -102,6 +102,8 @@ def run(
     """
     if device == "cuda":
         raise click.UsageError("--device cuda: this build has no CUDA kernels")
+    if accuracy and "float64" in dtypes:
+        raise click.UsageError("--accuracy --dtype float64: errors are measured against float64 itself")
     import torch
 
     from ..bench import report, runner
@@ -133,8 +135,7 @@ def run(
     for table in report.tables(results, accuracy):
         out.print(table)
     if json_path is not None:
-        settings = {**vars(options), "arguments": click.get_current_context().params}
-        _write(json_path, machine, settings, results, report.summarize(results))
+        _write(json_path, machine, vars(options), results, report.summarize(results))
     if interrupted:
         raise click.Abort
     if any(result["status"] != "ok" for result in results):

@@ -1,0 +1,5 @@
+"""``python -m cnnops``."""
+
+from .cli import main
+
+main(prog_name="cnnops")

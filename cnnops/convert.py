@@ -76,15 +76,15 @@ def convert_(model: torch.nn.Module, filter_fn: Filter | None = None) -> Report:
     the optimizers that hold them, buffers, hooks, shared layers, ``state_dict`` keys, ``isinstance``, pickling and
     copying stay as they were. A layer with parametrizations (``torch.nn.utils.parametrizations``) keeps them.
 
-    Left alone, with the reason in the report: subclasses (their ``forward`` may differ), lazy layers (run a batch through
-    the model, then convert again), quantized layers, ``SyncBatchNorm``, TorchScript modules, and layers whose ``forward``
-    was replaced on the instance. Layers of any dtype and on any device are exchanged: what the kernels do not take,
-    cnnops computes with PyTorch's own ops.
+    Left alone, with the reason in the report: subclasses (their ``forward`` may differ), lazy layers (run a batch
+    through the model, then convert again), quantized layers, ``SyncBatchNorm``, TorchScript modules, and layers whose
+    ``forward`` was replaced on the instance. Layers of any dtype and on any device are exchanged: what the kernels do
+    not take, cnnops computes with PyTorch's own ops.
 
     Args:
         model: the model; if it is itself such a layer, it is exchanged.
-        filter_fn: ``filter_fn(name, module)`` says whether to exchange a layer; a shared layer is exchanged if every one of
-            its names passes.
+        filter_fn: ``filter_fn(name, module)`` says whether to exchange a layer; a shared layer is exchanged if every
+            one of its names passes.
 
     Returns:
         A :class:`Report`: ``swapped``, ``skipped``; prints as a table. A second call finds nothing left to swap.
@@ -191,12 +191,10 @@ def _why_not_convert(module: torch.nn.Module) -> str | None:
         return "quantized"
     if kind is torch.nn.SyncBatchNorm:
         return "synchronizes its statistics between processes"
-    layer = next((k for k in _TO_CNNOPS if issubclass(kind, k)), None)
-    if layer is None:
-        return None
-    if issubclass(kind, torch.nn.modules.lazy.LazyModuleMixin):
+    if getattr(kind, "cls_to_become", None) in _TO_CNNOPS:
         return "lazy: convert again after its first batch"
-    return f"a subclass of torch.nn.{layer.__name__}, whose forward may be its own"
+    layer = next((k for k in _TO_CNNOPS if issubclass(kind, k)), None)
+    return layer and f"a subclass of torch.nn.{layer.__name__}, whose forward may be its own"
 
 
 def _why_not_revert(module: torch.nn.Module) -> str | None:

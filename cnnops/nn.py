@@ -52,8 +52,9 @@ class Conv2d(torch.nn.Conv2d):
         in_channels, out_channels: C and K; ``groups`` divides both.
         kernel_size: of the filters, in pixels, an int or a pair (height, width).
         stride, dilation: in pixels, an int or a pair.
-        padding: pixels on each side, an int or a pair; or ``"valid"``: none; ``"same"``: so many that the output measures
-            ``ceil(input / stride)``, an odd one at the bottom or right; ``"full"``: ``dilation * (kernel_size - 1)``.
+        padding: pixels on each side, an int or a pair; or ``"valid"``: none; ``"same"``: so many that the output
+            measures ``ceil(input / stride)``, an odd one at the bottom or right;
+            ``"full"``: ``dilation * (kernel_size - 1)``.
         groups: channels fall into this many groups, each with filters of its own.
         bias: whether to add a learned number to each output channel.
         padding_mode: what the padding holds: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
@@ -96,10 +97,8 @@ class Conv2d(torch.nn.Conv2d):
     ) -> None:
         # torch.nn.Conv2d refuses these two, so it is told of another padding first.
         beyond = padding == "full" or (padding == "same" and pair(stride, "stride", "Conv2d") != (1, 1))
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, "valid" if beyond else padding, dilation, groups, bias,
-            padding_mode, device, dtype,
-        )  # type: ignore[arg-type]  # fmt: skip
+        arguments: tuple[Any, ...] = (kernel_size, stride, "valid" if beyond else padding, dilation)
+        super().__init__(in_channels, out_channels, *arguments, groups, bias, padding_mode, device, dtype)  # type: ignore
         if beyond:
             self.padding = padding  # type: ignore[assignment]
         if activation is not None:
@@ -173,8 +172,15 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
             self.dilation,  # type: ignore[arg-type]
         )
         return CF.conv_transpose2d(
-            input, self.weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation
-        )  # type: ignore[arg-type]
+            input,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,  # type: ignore[arg-type]
+            output_padding,
+            self.groups,
+            self.dilation,
+        )
 
 
 class MaxPool2d(torch.nn.MaxPool2d):
@@ -188,7 +194,8 @@ class MaxPool2d(torch.nn.MaxPool2d):
 
     Shape:
         - input: ``[N, C, H, W]`` or ``[C, H, W]``
-        - output: ``[N, C, P, Q]`` or ``[C, P, Q]``, ``P = (H + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1``
+        - output: ``[N, C, P, Q]`` or ``[C, P, Q]`` with
+          ``P = (H + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1``
 
     Raises:
         TypeError, ValueError or RuntimeError, as PyTorch.
@@ -203,7 +210,7 @@ class MaxPool2d(torch.nn.MaxPool2d):
             return _leaf(self, input)
         return CF.max_pool2d(
             input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode, self.return_indices
-        )  # type: ignore[arg-type]
+        )
 
 
 class AvgPool2d(torch.nn.AvgPool2d):
@@ -247,7 +254,8 @@ class MedianPool2d(torch.nn.Module):
 
     Shape:
         - input: ``[N, C, H, W]`` or ``[C, H, W]``
-        - output: ``[N, C, P, Q]`` or ``[C, P, Q]``, ``P = (H + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1``
+        - output: ``[N, C, P, Q]`` or ``[C, P, Q]`` with
+          ``P = (H + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1``
 
     A NaN in a window gives NaN. The gradient goes to the chosen element, the first in row-major order among equals.
 
@@ -294,8 +302,8 @@ class AdaptiveAvgPool2d(torch.nn.AdaptiveAvgPool2d):
 
     Shape:
         - input: ``[N, C, H, W]`` or ``[C, H, W]``
-        - output: ``[N, C, P, Q]`` or ``[C, P, Q]``; row p is the mean of rows ``floor(p * H / P)`` up to, not including,
-          ``ceil((p + 1) * H / P)``
+        - output: ``[N, C, P, Q]`` or ``[C, P, Q]``; row p is the mean of rows ``floor(p * H / P)`` up to, not
+          including, ``ceil((p + 1) * H / P)``
 
     Raises:
         TypeError, ValueError or RuntimeError, as PyTorch.
@@ -345,8 +353,8 @@ class BatchNorm2d(torch.nn.BatchNorm2d):
     Args:
         num_features: C.
         eps: added to the variance.
-        momentum: the weight of the batch in the running statistics, which take the unbiased variance; None: they are the
-            mean over all batches so far.
+        momentum: the weight of the batch in the running statistics, which take the unbiased variance; None: they are
+            the mean over all batches so far.
         affine: whether there are a weight and a bias to learn.
         track_running_stats: whether there are running statistics; without, evaluation takes the batch's, too.
         device, dtype: of parameters and buffers.
@@ -425,15 +433,15 @@ class LocallyConnected2d(torch.nn.Module):
         input_size: H and W in pixels, an int or a pair: with them the number of filters is fixed.
         kernel_size, stride, padding, dilation: in pixels, an int or a pair; padding also ``"valid"``, ``"same"`` or
             ``"full"``, as in :class:`Conv2d`.
-        bias: whether to add a learned number to each output channel.
+        bias: whether to add a learned number to each output element.
         padding_mode: what the padding holds: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
         device, dtype: of the parameters.
 
     Shape:
         - input: ``[N, C, H, W]`` or ``[C, H, W]``, of the size given
         - output: ``[N, K, P, Q]`` or ``[K, P, Q]``
-        - ``weight``: ``[P, Q, K, C, R, S]``, ``bias``: ``[K]``; both start uniform in ``±1 / sqrt(C * R * S)``, as the
-          filters of :class:`torch.nn.Conv2d` do
+        - ``weight``: ``[P, Q, K, C, R, S]``, ``bias``: ``[K, P, Q]``; both start uniform in ``±1 / sqrt(C * R * S)``,
+          as those of :class:`torch.nn.Conv2d` do
 
     Raises:
         ValueError: an impossible combination of arguments.
@@ -481,11 +489,8 @@ class LocallyConnected2d(torch.nn.Module):
                 f"LocallyConnected2d: sizes must be positive, but got input_size {self.input_size}, kernel_size "
                 f"{self.kernel_size}, stride {self.stride}, dilation {self.dilation}"
             )
-        # The input's size is known, so that the words become numbers here: top, bottom, left, right.
-        self.padding = resolve(
-            "LocallyConnected2d", padding, self.input_size, self.kernel_size, self.stride, self.dilation
-        )
-        top, bottom, left, right = self.padding
+        self.padding: Any = padding if isinstance(padding, str) else pair(padding, "padding", "LocallyConnected2d")
+        top, bottom, left, right = sides = self._sides()
         self.output_size = tuple(
             (size + pad - d * (k - 1) - 1) // s + 1
             for size, pad, d, k, s in zip(
@@ -494,16 +499,21 @@ class LocallyConnected2d(torch.nn.Module):
         )
         if min(self.output_size) < 1:
             raise ValueError(
-                f"LocallyConnected2d: the kernel of {self.kernel_size} with dilation {self.dilation} is larger than the "
-                f"padded input: input_size {self.input_size}, padding {self.padding} (top, bottom, left, right)"
+                f"LocallyConnected2d: the kernel of {self.kernel_size} with dilation {self.dilation} is larger than "
+                f"the padded input: input_size {self.input_size}, padding {sides} (top, bottom, left, right)"
             )
         shape = (*self.output_size, out_channels, in_channels, *self.kernel_size)
         self.weight = Parameter(torch.empty(shape, device=device, dtype=dtype))
         if bias:
-            self.bias = Parameter(torch.empty(out_channels, device=device, dtype=dtype))
+            self.bias = Parameter(torch.empty(out_channels, *self.output_size, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
         self.reset_parameters()
+
+    def _sides(self) -> tuple[int, int, int, int]:
+        return resolve(
+            "LocallyConnected2d", self.padding, self.input_size, self.kernel_size, self.stride, self.dilation
+        )
 
     def reset_parameters(self) -> None:
         """Draws weight and bias anew."""
@@ -514,11 +524,10 @@ class LocallyConnected2d(torch.nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
             return _leaf(self, input)
-        top, bottom, left, right = self.padding
-        padding: tuple[int, int] = (top, left)
-        if (top, left) != (bottom, right) or (self.padding_mode != "zeros" and any(self.padding)):
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            input, padding = F.pad(input, (left, right, top, bottom), mode=mode), (0, 0)
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            top, bottom, left, right = self._sides()
+            input, padding = F.pad(input, (left, right, top, bottom), mode=self.padding_mode), 0
         return CF.locally_connected2d(input, self.weight, self.bias, self.stride, padding, self.dilation)
 
     def extra_repr(self) -> str:
@@ -526,7 +535,7 @@ class LocallyConnected2d(torch.nn.Module):
             f"{self.in_channels}, {self.out_channels}, input_size={self.input_size}, kernel_size={self.kernel_size}, "
             f"stride={self.stride}"
         )
-        if any(self.padding):
+        if self.padding not in ("valid", (0, 0)):
             text += f", padding={self.padding}"
         if self.dilation != (1, 1):
             text += f", dilation={self.dilation}"

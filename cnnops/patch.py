@@ -62,9 +62,8 @@ def _adaptive_max_pool2d_with_indices(input: Tensor, output_size: Any, return_in
     return CF.adaptive_max_pool2d(input, output_size, True)
 
 
-def _batch_norm(input: Tensor, *args: Any, **kwargs: Any) -> Any:
-    # torch.nn.functional's is for any number of dimensions.
-    return (CF if input.dim() == 4 else F).batch_norm(input, *args, **kwargs)
+def _batch_norm(*args: Any, **kwargs: Any) -> Any:
+    return CF.batch_norm(*args, **kwargs)
 
 
 def _torch_batch_norm(
@@ -79,11 +78,9 @@ def _torch_batch_norm(
     cudnn_enabled: bool,
 ) -> Any:
     # Below F.batch_norm, PyTorch does not refuse eps <= 0 and one value per channel; the functions of cnnops do.
-    if input.dim() == 4 and eps > 0 and not (training and input.numel() == input.shape[1]):
+    if input.dim() >= 2 and eps > 0 and not (training and input.numel() == input.shape[1]):
         return CF.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return torch.batch_norm(
-        input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled
-    )
+    return torch.batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled)
 
 
 def _stride(stride: Any) -> Any:
@@ -132,12 +129,12 @@ def patch_aten() -> Iterator[None]:
     the kernels do not take (a device, a dtype) is left to PyTorch.
 
     At the block's end everything is as before, also when it ends by an exception. Blocks may be nested; the inner one
-    changes nothing. The block holds for the thread that entered it: not for threads that it starts (``DataParallel``), nor
-    for other threads. Gradients need not be taken inside: what the forward pass recorded is cnnops's either way.
+    changes nothing. The block holds for the thread that entered it: not for threads that it starts (``DataParallel``),
+    nor for other threads. Gradients need not be taken inside: what the forward pass recorded is cnnops's either way.
     ``torch.compile`` called inside sees the routed model.
 
-    It is a ``torch.overrides.TorchFunctionMode``, which each call of a PyTorch function passes: about 1 µs more per call
-    inside the block. :func:`cnnops.convert_` costs nothing.
+    It is a ``torch.overrides.TorchFunctionMode``, which each call of a PyTorch function passes: about 1 µs more per
+    call inside the block. :func:`cnnops.convert_` costs nothing.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.MaxPool2d(2))

@@ -188,17 +188,22 @@ def _requires_grad(args: tuple[Any, ...]) -> bool:
     return any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
 
-def supported(*tensors: Tensor | None) -> bool:
+def supported(input: Tensor, *tensors: Tensor | None) -> bool:
     """Whether the kernels take these tensors: on the CPU (or meta, or fake), strided, of one of the four float dtypes.
 
-    Not so what is no tensor, nor a tensor subclass that knows PyTorch's ops alone (distributed, masked, quantized ones).
+    Not so what is no tensor, a meta input beside a weight that is none (PyTorch takes them), and a tensor subclass that
+    knows PyTorch's ops alone (distributed, masked, quantized ones).
     """
-    for t in tensors:  # no generator: this runs in every call
+    if input is None:
+        return False
+    for t in (input, *tensors):  # no generator: this runs in every call
         if t is None:
             continue
         if type(t) not in _PLAIN_TYPES and not _transparent(type(t)):
             return False
-        if t.dtype not in KERNEL_DTYPES or t.device.type not in ("cpu", "meta") or t.layout is not torch.strided:
+        if t.dtype not in KERNEL_DTYPES or t.layout is not torch.strided:
+            return False
+        if t.device.type not in ("cpu", "meta") or (input.is_meta and not t.is_meta):
             return False
     return True
 

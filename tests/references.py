@@ -112,6 +112,122 @@ def _avg_pool2d_backward() -> Iterator[Callable]:
                 yield partial(run, format=format, shape=shape, pool=pool)
 
 
+def pool(kernel_size: tuple, stride: tuple, padding: tuple = (0, 0), dilation: tuple = (1, 1)) -> dict:
+    return dict(kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation)
+
+
+PICK_POOLS = (
+    pool((2, 2), (2, 2)),
+    pool((3, 3), (2, 2), (1, 1)),
+    pool((3, 3), (1, 1), (1, 1)),
+    pool((3, 2), (2, 3), (1, 0), (2, 1)),
+    pool((5, 4), (4, 1), (2, 2), (2, 2)),
+    pool((1, 3), (1, 4)),
+    pool((8, 8), (8, 8)),
+)
+PICK_SHAPES = ((2, 3, 17, 19), (1, 37, 8, 8), (1, 2, 9, 67))
+
+
+def pick_input(shape: tuple[int, ...], dtype: torch.dtype, format: str) -> Tensor:
+    """Small integers, so that there are ties, some of them NaN and Inf."""
+    x = torch.randint(-9, 10, shape).double()
+    for value in (float("nan"), float("inf"), -float("inf")):
+        x[torch.rand(shape) < 0.02] = value
+    return x.to(dtype).contiguous(memory_format=FORMATS[format])
+
+
+def offsets_of(indices: Tensor, width: int, pool: dict) -> Tensor:
+    """Plane indices h * W + w as offsets r * kernel_w + s within their windows."""
+    p = torch.arange(indices.shape[2]).view(-1, 1)
+    q = torch.arange(indices.shape[3])
+    (_, kernel_w), stride, padding, dilation = pool.values()
+    r = (indices // width - p * stride[0] + padding[0]) // dilation[0]
+    s = (indices % width - q * stride[1] + padding[1]) // dilation[1]
+    return r * kernel_w + s
+
+
+def choice_of(indices: Tensor, mode: str, width: int, pool: dict, format: str) -> Tensor:
+    choice = offsets_of(indices, width, pool).to(torch.uint8) if mode == "offsets" else indices
+    return choice.contiguous(memory_format=FORMATS[format])
+
+
+def run_pick(forward: Callable, x: Tensor, y: Tensor, indices: Tensor, mode: str, pool: dict, format: str, row: int) -> Check:
+    """Runs a picking pooling; what came out and what is right are the result and the choice in one."""
+    got = empty(*y.shape, dtype=x.dtype, format=format)
+    if mode == "none":
+        forward(got, None, x, **pool, threads=2, kernel=row)
+        return Check(got.double(), y)
+    expected = choice_of(indices, mode, x.shape[3], pool, format)
+    choice = torch.full_like(expected, 77)
+    forward(got, choice, x, **pool, threads=2, kernel=row)
+    return Check(torch.cat([got.double(), choice.double()]), torch.cat([y, expected.double()]))
+
+
+@problem("max_pool2d", "forward")
+def _max_pool2d_forward() -> Iterator[Callable]:
+    def run(dtype: torch.dtype, row: int, format: str, shape: tuple[int, ...], pool: dict, mode: str) -> Check:
+        x = pick_input(shape, dtype, format)
+        y, indices = F.max_pool2d(x.double(), **pool, return_indices=True)
+        return run_pick(C.max_pool2d_forward, x, y, indices, mode, pool, format, row)
+
+    for format in FORMATS:
+        for shape in PICK_SHAPES:
+            for pool in PICK_POOLS:
+                for mode in ("none", "offsets", "indices"):
+                    yield partial(run, format=format, shape=shape, pool=pool, mode=mode)
+
+
+def picks() -> Iterator[dict]:
+    """The problems of index_pool2d."""
+    for format in FORMATS:
+        for shape in PICK_SHAPES:
+            for pool in PICK_POOLS:
+                for mode in ("offsets", "indices"):
+                    yield dict(format=format, shape=shape, pool=pool, mode=mode)
+            for size in ((1, 1), (2, 3), (4, 4), (5, 7), (20, 20)):
+                yield dict(format=format, shape=shape, pool=size, mode="indices")
+
+
+def picked(shape: tuple[int, ...], pool: dict | tuple, mode: str, format: str) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
+    """An input, its max pooling (pool: windows, or an adaptive output size), the indices, the choice, the arguments."""
+    x = torch.randint(-9, 10, shape).double().requires_grad_()
+    if isinstance(pool, dict):
+        y, indices = F.max_pool2d(x, **pool, return_indices=True)
+        return x, y, indices, choice_of(indices, mode, shape[3], pool, format), pool
+    y, indices = F.adaptive_max_pool2d(x, pool, return_indices=True)
+    choice = indices.contiguous(memory_format=FORMATS[format])
+    return x, y, indices, choice, dict(kernel_size=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1))
+
+
+@problem("index_pool2d", "backward")
+def _index_pool2d_backward() -> Iterator[Callable]:
+    def run(dtype: torch.dtype, row: int, format: str, shape: tuple[int, ...], pool: dict, mode: str) -> Check:
+        x, y, _, choice, arguments = picked(shape, pool, mode, format)
+        dy = randn(*y.shape, dtype=dtype, format=format)
+        (expected,) = torch.autograd.grad(y, x, dy.double(), retain_graph=True)
+        (magnitude,) = torch.autograd.grad(y, x, dy.double().abs())
+        dx = empty(*shape, dtype=dtype, format=format)
+        C.index_pool2d_backward(dx, dy, choice, **arguments, threads=2, kernel=row)
+        return Check(dx, expected, magnitude)
+
+    for arguments in picks():
+        yield partial(run, **arguments)
+
+
+@problem("index_pool2d", "gather")
+def _index_pool2d_gather() -> Iterator[Callable]:
+    def run(dtype: torch.dtype, row: int, format: str, shape: tuple[int, ...], pool: dict, mode: str) -> Check:
+        _, y, indices, choice, arguments = picked(shape, pool, mode, format)
+        dx = randn(*shape, dtype=dtype, format=format)
+        expected = dx.double().flatten(2).gather(2, indices.flatten(2)).view(y.shape)
+        dy = empty(*y.shape, dtype=dtype, format=format)
+        C.index_pool2d_gather(dy, dx, choice, **arguments, threads=2, kernel=row)
+        return Check(dy, expected)
+
+    for arguments in picks():
+        yield partial(run, **arguments)
+
+
 # ---- Convolution -----------------------------------------------------------------------------------------------------
 
 # (x shape, K, (R, S), stride, padding, dilation, groups, P x Q may need more padding at the end)

@@ -57,14 +57,12 @@ def window(
     for name, pair in (("kernel_size", kernel), ("stride", step), ("dilation", apart)):
         if pair[0] <= 0 or pair[1] <= 0:
             raise RuntimeError(f"{op}(): {name} must be positive, but got {pair}")
-    for k, p, d in zip(kernel, pad, apart, strict=True):
-        if p < 0:
-            raise RuntimeError(f"{op}(): padding must not be negative, but got {pad}")
-        if p > ((k - 1) * d + 1) // 2:
-            raise RuntimeError(
-                f"{op}(): padding must be at most half of kernel_size (spread by dilation), but got padding {pad}, "
-                f"kernel_size {kernel} and dilation {apart}"
-            )
+    if min(pad) < 0:
+        raise RuntimeError(f"{op}(): padding must not be negative, but got {pad}")
+    if pad[0] > kernel[0] // 2 or pad[1] > kernel[1] // 2:
+        raise RuntimeError(
+            f"{op}(): padding must be at most half of kernel_size, but got padding {pad} and kernel_size {kernel}"
+        )
     return kernel, step, pad, apart
 
 

@@ -30,7 +30,7 @@ def max_pool2d(
     Args:
         input: ``[N, C, H, W]`` or ``[C, H, W]``.
         kernel_size, stride, padding, dilation: in pixels, an int or a pair (height, width); stride is kernel_size by
-            default; padding is at most half the kernel as spread by the dilation, and is never chosen.
+            default; padding is at most half the kernel, and is never chosen.
         ceil_mode: round the output size up: windows may run past the padded input, but begin inside of it.
         return_indices: also return where in the plane each maximum was found, ``h * W + w``, int64 (-1 for a window that
             a dilation beyond the input leaves without a pixel).

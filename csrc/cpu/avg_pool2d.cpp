@@ -1,10 +1,12 @@
-// Mean pooling, one output row at a time. Work is cut into rows of the output image (rows of dx in backward), so every
-// element is summed by one thread in the contract's order, whatever the number of threads.
+// Mean pooling. NCHW: vectors run along a row; the window's rows are summed first, then its columns, from a padded row
+// cut into the stride's phases (cpu/pool_rows.h). Backward works from the cells back to the windows in the same two steps,
+// and rows of dx that the same windows cover are computed once. NHWC: vectors run along the channels.
+// Every element is summed by one thread, in an order given by the shape alone.
 #include "ops/avg_pool2d.h"
 
-#include "common/arith.h"
+#include <omp.h>
 
-#include "cpu/simd/vec.h"
+#include "cpu/pool_rows.h"
 
 namespace cnnops::CNNOPS_ISA {
 namespace {
@@ -13,111 +15,260 @@ namespace {
 int64_t counted(int64_t begin, int64_t kernel, int64_t size, int64_t margin) {
   return min64(begin + kernel, size + margin) - max64(begin, -margin);
 }
+// D = rows_counted(p) * columns_counted(q); a given divisor counts as rows.
+int64_t rows_counted(const AvgPool2dParams& p, int64_t pp) {
+  if (p.divisor) return p.divisor;
+  return counted(pp * p.stride_h - p.pad_h, p.kernel_h, p.h, p.count_include_pad ? p.pad_h : 0);
+}
+int64_t columns_counted(const AvgPool2dParams& p, int64_t q) {
+  if (p.divisor) return 1;
+  return counted(q * p.stride_w - p.pad_w, p.kernel_w, p.w, p.count_include_pad ? p.pad_w : 0);
+}
 
-struct Window {
-  int64_t h0, h1, w0, w1;  // the part inside the image
-  double scale;            // 1 / D
-};
+template <class T>
+void forward_nchw(const AvgPool2dParams& p) {
+  using C = compute_t<T>;
+  const PhasedRow<C> phases(p.w, p.q, p.pad_w, p.kernel_w, p.stride_w, 1);
+  const int64_t width = round_up(p.q, lanes<C>);
+  const int64_t unit_rows = rows_per_unit(p.n * p.c, p.p), units_each = ceil_div(p.p, unit_rows);
 
-Window window(const AvgPool2dParams& p, int64_t pp, int64_t qq) {
-  const int64_t h = pp * p.stride_h - p.pad_h, w = qq * p.stride_w - p.pad_w;
-  const int64_t mh = p.count_include_pad ? p.pad_h : 0, mw = p.count_include_pad ? p.pad_w : 0;
-  const int64_t cells = p.divisor ? p.divisor : counted(h, p.kernel_h, p.h, mh) * counted(w, p.kernel_w, p.w, mw);
-  return {max64(h, 0), min64(h + p.kernel_h, p.h), max64(w, 0), min64(w + p.kernel_w, p.w),
-          1.0 / static_cast<double>(cells)};
+  struct Piece {
+    C *sums, *columns, *counts;
+    int64_t* tap_at;
+  };
+  const auto lay_out = [&](Arena arena, int64_t* bytes) {
+    Piece s;
+    s.sums = arena.take<C>(round_up(p.w, lanes<C>));
+    s.columns = arena.take<C>(phases.size());
+    s.counts = arena.take<C>(width);
+    s.tap_at = arena.take<int64_t>(p.kernel_w);
+    *bytes = arena.used;
+    return s;
+  };
+  int64_t bytes;
+  lay_out(Arena{nullptr}, &bytes);
+  const ScratchPieces scratch(p.threads, bytes);
+
+#pragma omp parallel num_threads(p.threads)
+  {
+    int64_t ignored;
+    const Piece s = lay_out(Arena{static_cast<char*>(scratch.piece(omp_get_thread_num()))}, &ignored);
+    phases.fill(s.columns, 0);
+    for (int64_t t = 0; t < p.kernel_w; ++t) s.tap_at[t] = phases.at(t);
+    for (int64_t q = 0; q < width; ++q) s.counts[q] = static_cast<C>(q < p.q ? columns_counted(p, q) : 1);
+
+#pragma omp for schedule(static)
+    for (int64_t unit = 0; unit < p.n * p.c * units_each; ++unit) {
+      const int64_t plane = unit / units_each, from = unit % units_each * unit_rows;
+      const T* const x = static_cast<const T*>(p.in) + plane * p.h * p.w;
+      for (int64_t pp = from; pp < min64(from + unit_rows, p.p); ++pp) {
+        const int64_t top = pp * p.stride_h - p.pad_h;
+        const int64_t h0 = max64(top, 0), h1 = min64(top + p.kernel_h, p.h);
+        for (int64_t w = 0; w < p.w; w += lanes<C>) {
+          const int part = part_of<C>(w, p.w);
+          vec<C> sum = {};
+          for (int64_t h = h0; h < h1; ++h) sum += load_n(x + h * p.w + w, part);
+          store(s.sums + w, sum);
+        }
+        phases.split(s.sums, s.columns);
+        const C rows = static_cast<C>(rows_counted(p, pp));
+        T* const y = static_cast<T*>(p.out) + (plane * p.p + pp) * p.q;
+        for (int64_t q = 0; q < p.q; q += lanes<C>) {
+          vec<C> sum = {};
+          for (int64_t t = 0; t < p.kernel_w; ++t) sum += load(s.columns + s.tap_at[t] + q);
+          store_n(y + q, sum / (load(s.counts + q) * rows), part_of<C>(q, p.q));
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+void backward_nchw(const AvgPool2dParams& p) {
+  using C = compute_t<T>;
+  const PhasedRow<C> phases(p.w, p.q, p.pad_w, p.kernel_w, p.stride_w, 1);
+  const int64_t lead = round_up((p.kernel_w - 1) / phases.stride, lanes<C>);
+  const int64_t length = lead + phases.length, width = round_up(p.q, lanes<C>);
+  const int64_t unit_rows = rows_per_unit(p.n * p.c, p.h), units_each = ceil_div(p.h, unit_rows);
+
+  struct Piece {
+    C *sums, *windows, *counts;
+    int64_t* phase_begin;
+    Tap* taps;
+  };
+  const auto lay_out = [&](Arena arena, int64_t* bytes) {
+    Piece s;
+    s.sums = arena.take<C>(phases.size());
+    s.windows = arena.take<C>(length);
+    s.counts = arena.take<C>(width);
+    s.phase_begin = arena.take<int64_t>(phases.stride + 1);
+    s.taps = arena.take<Tap>(p.kernel_w);
+    *bytes = arena.used;
+    return s;
+  };
+  int64_t bytes;
+  lay_out(Arena{nullptr}, &bytes);
+  const ScratchPieces scratch(p.threads, bytes);
+
+#pragma omp parallel num_threads(p.threads)
+  {
+    int64_t ignored;
+    const Piece s = lay_out(Arena{static_cast<char*>(scratch.piece(omp_get_thread_num()))}, &ignored);
+    for (int64_t i = 0; i < length; ++i) s.windows[i] = 0;
+    for (int64_t q = 0; q < width; ++q) s.counts[q] = static_cast<C>(q < p.q ? columns_counted(p, q) : 1);
+    list_taps(phases, p.kernel_w, 1, s.phase_begin, s.taps);
+    C* const windows = s.windows + lead;
+
+#pragma omp for schedule(static)
+    for (int64_t unit = 0; unit < p.n * p.c * units_each; ++unit) {
+      const int64_t plane = unit / units_each, from = unit % units_each * unit_rows;
+      const T* const dy = static_cast<const T*>(p.in) + plane * p.p * p.q;
+      int64_t held_first = -1, held_last = -1;
+      for (int64_t h = from; h < min64(from + unit_rows, p.h); ++h) {
+        const int64_t p0 = first_window(h, p.pad_h, p.kernel_h, p.stride_h);
+        const int64_t p1 = last_window(h, p.pad_h, p.stride_h, p.p);
+        if (p0 != held_first || p1 != held_last) {
+          held_first = p0, held_last = p1;
+          for (int64_t q = 0; q < p.q; q += lanes<C>) {
+            const int part = part_of<C>(q, p.q);
+            vec<C> sum = {};
+            for (int64_t pp = p0; pp < p1; ++pp)
+              sum += load_n(dy + pp * p.q + q, part) / (load(s.counts + q) * static_cast<C>(rows_counted(p, pp)));
+            store(windows + q, sum);
+          }
+          for (int64_t j = 0; j < phases.stride; ++j) {
+            TapRange<C> range(s.phase_begin[j + 1]);
+            for (int64_t i = phases.begin(j), end = phases.end(j); i < end; i += lanes<C>) {
+              range.move_to(i, p.q, s.taps, s.phase_begin[j]);
+              vec<C> sum = {};
+              for (int64_t t = range.lo; t < range.hi; ++t) sum += load(windows + i - s.taps[t].distance);
+              store(s.sums + j * phases.length + i, sum);
+            }
+          }
+        }
+        phases.merge(s.sums, static_cast<T*>(p.out) + (plane * p.h + h) * p.w);
+      }
+    }
+  }
+}
+
+// to[c] = sum over k of from[at[k] + c] * scale[k] (scale null: all 1), over D.  kCount: the number of terms where it is
+// worth unrolling, else 0.
+template <class T, int kCount, bool kScale>
+void sum_nhwc(T* to, const T* from, const int64_t* at, const compute_t<T>* scale, int64_t count, compute_t<T> divisor,
+              int64_t channels) {
+  using C = compute_t<T>;
+  const int64_t total = kCount ? kCount : count;
+  const auto vectors = [&](int64_t c, int part) {
+    vec<C> sum = {};
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < total; ++k) {
+      const vec<C> term = load_n(from + at[k] + c, part);
+      if constexpr (kScale) {
+        sum = fma(term, set1(scale[k]), sum);
+      } else {
+        sum += term;
+      }
+    }
+    if constexpr (!kScale) sum /= divisor;
+    store_n(to + c, sum, part);
+  };
+  int64_t c = 0;
+  for (; c + lanes<C> <= channels; c += lanes<C>) vectors(c, lanes<C>);
+  if (c < channels) vectors(c, static_cast<int>(channels - c));
+}
+template <class T, bool kScale>
+void sum_pixels(T* to, const T* from, const int64_t* at, const compute_t<T>* scale, int64_t count, compute_t<T> divisor,
+                int64_t channels) {
+  switch (count) {
+    case 1: return sum_nhwc<T, 1, kScale>(to, from, at, scale, count, divisor, channels);
+    case 2: return sum_nhwc<T, 2, kScale>(to, from, at, scale, count, divisor, channels);
+    case 4: return sum_nhwc<T, 4, kScale>(to, from, at, scale, count, divisor, channels);
+    default: return sum_nhwc<T, 0, kScale>(to, from, at, scale, count, divisor, channels);
+  }
+}
+
+template <class T>
+void forward_nhwc(const AvgPool2dParams& p) {
+  using C = compute_t<T>;
+  const int64_t cells = min64(p.kernel_h, p.h) * min64(p.kernel_w, p.w);
+  const ScratchPieces scratch(p.threads, cells * static_cast<int64_t>(sizeof(int64_t)));
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t row = 0; row < p.n * p.p; ++row) {
+    int64_t* const at = static_cast<int64_t*>(scratch.piece(omp_get_thread_num()));
+    const int64_t top = row % p.p * p.stride_h - p.pad_h, rows = rows_counted(p, row % p.p);
+    const int64_t h0 = max64(top, 0), h1 = min64(top + p.kernel_h, p.h);
+    const T* const image = static_cast<const T*>(p.in) + row / p.p * p.h * p.w * p.c;
+    for (int64_t q = 0; q < p.q; ++q) {
+      const int64_t left = q * p.stride_w - p.pad_w;
+      const int64_t w0 = max64(left, 0), w1 = min64(left + p.kernel_w, p.w);
+      int64_t count = 0;
+      for (int64_t h = h0; h < h1; ++h)
+        for (int64_t w = w0; w < w1; ++w) at[count++] = (h * p.w + w) * p.c;
+      sum_pixels<T, false>(static_cast<T*>(p.out) + (row * p.q + q) * p.c, image, at, nullptr, count,
+                           static_cast<C>(rows * columns_counted(p, q)), p.c);
+    }
+  }
+}
+
+template <class T>
+void backward_nhwc(const AvgPool2dParams& p) {
+  using C = compute_t<T>;
+  const int64_t windows = min64(ceil_div(p.kernel_h, p.stride_h), p.p) * min64(ceil_div(p.kernel_w, p.stride_w), p.q);
+  struct Piece {
+    int64_t* at;
+    C* scale;
+    double* per_column;  // 1 / columns_counted
+  };
+  const auto lay_out = [&](Arena arena, int64_t* bytes) {
+    Piece s;
+    s.at = arena.take<int64_t>(windows);
+    s.scale = arena.take<C>(windows);
+    s.per_column = arena.take<double>(p.q);
+    *bytes = arena.used;
+    return s;
+  };
+  int64_t bytes;
+  lay_out(Arena{nullptr}, &bytes);
+  const ScratchPieces scratch(p.threads, bytes);
+#pragma omp parallel num_threads(p.threads)
+  {
+    int64_t ignored;
+    const Piece s = lay_out(Arena{static_cast<char*>(scratch.piece(omp_get_thread_num()))}, &ignored);
+    for (int64_t q = 0; q < p.q; ++q) s.per_column[q] = 1.0 / static_cast<double>(columns_counted(p, q));
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < p.n * p.h; ++row) {
+      const int64_t h = row % p.h;
+      const T* const image = static_cast<const T*>(p.in) + row / p.h * p.p * p.q * p.c;
+      const int64_t p0 = first_window(h, p.pad_h, p.kernel_h, p.stride_h);
+      const int64_t p1 = last_window(h, p.pad_h, p.stride_h, p.p);
+      double per_row = 0;
+      int64_t rows = 0;  // what per_row is the reciprocal of
+      for (int64_t w = 0; w < p.w; ++w) {
+        const int64_t q0 = first_window(w, p.pad_w, p.kernel_w, p.stride_w);
+        const int64_t q1 = last_window(w, p.pad_w, p.stride_w, p.q);
+        int64_t count = 0;
+        for (int64_t pp = p0; pp < p1; ++pp) {
+          const int64_t here = rows_counted(p, pp);
+          if (here != rows) rows = here, per_row = 1.0 / static_cast<double>(here);
+          for (int64_t q = q0; q < q1; ++q) {
+            s.at[count] = (pp * p.q + q) * p.c;
+            s.scale[count++] = static_cast<C>(per_row * s.per_column[q]);
+          }
+        }
+        sum_pixels<T, true>(static_cast<T*>(p.out) + (row * p.w + w) * p.c, image, s.at, s.scale, count, 1, p.c);
+      }
+    }
+  }
 }
 
 template <class T>
 void forward(const AvgPool2dParams& p) {
-  using C = compute_t<T>;
-  const T* const x = static_cast<const T*>(p.in);
-  T* const y = static_cast<T*>(p.out);
-  if (p.layout == Layout::nchw) {
-    const int64_t rows = p.n * p.c * p.p;
-#pragma omp parallel for num_threads(p.threads) schedule(static)
-    for (int64_t row = 0; row < rows; ++row) {
-      const T* const plane = x + row / p.p * p.h * p.w;
-      for (int64_t q = 0; q < p.q; ++q) {
-        const Window v = window(p, row % p.p, q);
-        C sum = 0;
-        for (int64_t h = v.h0; h < v.h1; ++h)
-          for (int64_t w = v.w0; w < v.w1; ++w) sum += load_scalar(plane[h * p.w + w]);
-        store_scalar(&y[row * p.q + q], static_cast<C>(sum * v.scale));
-      }
-    }
-  } else {
-    const int64_t rows = p.n * p.p;
-#pragma omp parallel for num_threads(p.threads) schedule(static)
-    for (int64_t row = 0; row < rows; ++row) {
-      const T* const image = x + row / p.p * p.h * p.w * p.c;
-      for (int64_t q = 0; q < p.q; ++q) {
-        const Window v = window(p, row % p.p, q);
-        for (int64_t c = 0; c < p.c; c += lanes<C>) {
-          const int part = static_cast<int>(min64(p.c - c, lanes<C>));
-          vec<C> sum = {};
-          for (int64_t h = v.h0; h < v.h1; ++h)
-            for (int64_t w = v.w0; w < v.w1; ++w) sum += load_n(image + (h * p.w + w) * p.c + c, part);
-          store_n(y + (row * p.q + q) * p.c + c, sum * static_cast<C>(v.scale), part);
-        }
-      }
-    }
-  }
+  p.layout == Layout::nchw ? forward_nchw<T>(p) : forward_nhwc<T>(p);
 }
-
-// The windows along one axis that hold cell `at`: [first, last).
-int64_t first_window(int64_t at, int64_t pad, int64_t kernel, int64_t stride) {
-  const int64_t past = at + pad - kernel;
-  return past < 0 ? 0 : past / stride + 1;
-}
-int64_t last_window(int64_t at, int64_t pad, int64_t stride, int64_t count) {
-  return min64((at + pad) / stride + 1, count);
-}
-
 template <class T>
 void backward(const AvgPool2dParams& p) {
-  using C = compute_t<T>;
-  const T* const dy = static_cast<const T*>(p.in);
-  T* const dx = static_cast<T*>(p.out);
-  if (p.layout == Layout::nchw) {
-    const int64_t rows = p.n * p.c * p.h;
-#pragma omp parallel for num_threads(p.threads) schedule(static)
-    for (int64_t row = 0; row < rows; ++row) {
-      const T* const plane = dy + row / p.h * p.p * p.q;
-      const int64_t h = row % p.h;
-      const int64_t p0 = first_window(h, p.pad_h, p.kernel_h, p.stride_h),
-                    p1 = last_window(h, p.pad_h, p.stride_h, p.p);
-      for (int64_t w = 0; w < p.w; ++w) {
-        const int64_t q0 = first_window(w, p.pad_w, p.kernel_w, p.stride_w);
-        const int64_t q1 = last_window(w, p.pad_w, p.stride_w, p.q);
-        C sum = 0;
-        for (int64_t pp = p0; pp < p1; ++pp)
-          for (int64_t q = q0; q < q1; ++q)
-            sum += load_scalar(plane[pp * p.q + q]) * static_cast<C>(window(p, pp, q).scale);
-        store_scalar(&dx[row * p.w + w], sum);
-      }
-    }
-  } else {
-    const int64_t rows = p.n * p.h;
-#pragma omp parallel for num_threads(p.threads) schedule(static)
-    for (int64_t row = 0; row < rows; ++row) {
-      const T* const image = dy + row / p.h * p.p * p.q * p.c;
-      const int64_t h = row % p.h;
-      const int64_t p0 = first_window(h, p.pad_h, p.kernel_h, p.stride_h),
-                    p1 = last_window(h, p.pad_h, p.stride_h, p.p);
-      for (int64_t w = 0; w < p.w; ++w) {
-        const int64_t q0 = first_window(w, p.pad_w, p.kernel_w, p.stride_w);
-        const int64_t q1 = last_window(w, p.pad_w, p.stride_w, p.q);
-        for (int64_t c = 0; c < p.c; c += lanes<C>) {
-          const int part = static_cast<int>(min64(p.c - c, lanes<C>));
-          vec<C> sum = {};
-          for (int64_t pp = p0; pp < p1; ++pp)
-            for (int64_t q = q0; q < q1; ++q)
-              sum += load_n(image + (pp * p.q + q) * p.c + c, part) * static_cast<C>(window(p, pp, q).scale);
-          store_n(dx + (row * p.w + w) * p.c + c, sum, part);
-        }
-      }
-    }
-  }
+  p.layout == Layout::nchw ? backward_nchw<T>(p) : backward_nhwc<T>(p);
 }
 
 }  // namespace

@@ -23,10 +23,6 @@ void backward_nchw(const IndexPool2dParams& p) {
   const int64_t length = lead + phases.length;
   const int64_t unit_rows = rows_per_unit(p.n * p.c, p.h), units_each = ceil_div(p.h, unit_rows);
 
-  struct Tap {
-    int64_t distance;  // windows back from the phase's element
-    I offset;          // s
-  };
   struct Row {
     const C* dy;
     const I* choice;
@@ -35,7 +31,7 @@ void backward_nchw(const IndexPool2dParams& p) {
   struct Piece {
     C *sums, *dy;
     I* choices;
-    int64_t *held, *phase_taps;
+    int64_t *held, *phase_begin;
     Tap* taps;
     Row* rows;
   };
@@ -45,7 +41,7 @@ void backward_nchw(const IndexPool2dParams& p) {
     s.dy = arena.take<C>(ring * length);
     s.choices = arena.take<I>(ring * length);
     s.held = arena.take<int64_t>(ring);
-    s.phase_taps = arena.take<int64_t>(phases.stride + 1);
+    s.phase_begin = arena.take<int64_t>(phases.stride + 1);
     s.taps = arena.take<Tap>(v.kernel_w);
     s.rows = arena.take<Row>(ring);
     *bytes = arena.used;
@@ -57,17 +53,10 @@ void backward_nchw(const IndexPool2dParams& p) {
 
 #pragma omp parallel num_threads(p.threads)
   {
-    const Piece s = lay_out(Arena{static_cast<char*>(scratch.piece(omp_get_thread_num()))}, &bytes);
+    int64_t ignored;
+    const Piece s = lay_out(Arena{static_cast<char*>(scratch.piece(omp_get_thread_num()))}, &ignored);
     for (int64_t i = 0; i < ring * length; ++i) s.dy[i] = 0, s.choices[i] = -1;
-    // Taps by phase, the farthest (whose window comes first in dy) first.
-    int64_t count = 0;
-    for (int64_t j = 0; j < phases.stride; ++j) {
-      s.phase_taps[j] = count;
-      for (int64_t t = v.kernel_w - 1; t >= 0; --t)
-        if (t * v.dilation_w % phases.stride == j)
-          s.taps[count++] = {t * v.dilation_w / phases.stride, static_cast<I>(t)};
-    }
-    s.phase_taps[phases.stride] = count;
+    list_taps(phases, v.kernel_w, v.dilation_w, s.phase_begin, s.taps);
 
 #pragma omp for schedule(static)
     for (int64_t unit = 0; unit < p.n * p.c * units_each; ++unit) {
@@ -103,12 +92,9 @@ void backward_nchw(const IndexPool2dParams& p) {
           s.rows[rows++] = {held_dy, held_choice, static_cast<I>(down / v.dilation_h * v.kernel_w)};
         }
         for (int64_t j = 0; j < phases.stride; ++j) {
-          const int64_t first = s.phase_taps[j], past = s.phase_taps[j + 1], end = phases.end(j);
-          int64_t lo = past, hi = past;
-          for (int64_t i = phases.begin(j); i < end; i += lanes<C>) {
-            // Only taps whose windows begin within dy.
-            while (lo > first && s.taps[lo - 1].distance < i + lanes<C>) --lo;
-            while (hi > first && s.taps[hi - 1].distance <= i - p.q) --hi;
+          TapRange<C> range(s.phase_begin[j + 1]);
+          for (int64_t i = phases.begin(j), end = phases.end(j); i < end; i += lanes<C>) {
+            range.move_to(i, p.q, s.taps, s.phase_begin[j]);
             [[maybe_unused]] ivec<C> cell;
             if constexpr (kIndices)
               cell = iota<ivec<C>>() * static_cast<I>(phases.stride) +
@@ -116,9 +102,9 @@ void backward_nchw(const IndexPool2dParams& p) {
             vec<C> sum = {};
             for (int64_t k = 0; k < rows; ++k) {
               const Row& row = s.rows[k];
-              for (int64_t t = lo; t < hi; ++t) {
+              for (int64_t t = range.lo; t < range.hi; ++t) {
                 const int64_t at = i - s.taps[t].distance;
-                if constexpr (!kIndices) cell = ivec<C>{} + (row.offset + s.taps[t].offset);
+                if constexpr (!kIndices) cell = ivec<C>{} + (row.offset + static_cast<I>(s.taps[t].index));
                 const ivec<C> chosen = *reinterpret_cast<const ivec<C>*>(row.choice + at);
                 sum += chosen == cell ? load(row.dy + at) : vec<C>{};
               }

@@ -60,8 +60,9 @@ void forward_nchw(const MaxPool2dParams& p) {
 
 #pragma omp parallel num_threads(p.threads)
   {
-    const Piece s = lay_out(Arena{static_cast<char*>(scratch.piece(omp_get_thread_num()))}, &bytes);
-    for (int64_t i = 0; i < held; ++i) phases.fill(s.rows + i * phases.size(), lowest<C>());
+    int64_t ignored;
+    const Piece s = lay_out(Arena{static_cast<char*>(scratch.piece(omp_get_thread_num()))}, &ignored);
+    for (int64_t i = 0; i < held; ++i) phases.fill(s.rows + i * phases.size(), kLowest<C>);
     for (int64_t i = 0; i < v.kernel_w; ++i) s.tap_at[i] = phases.at(i * v.dilation_w);
     for (int64_t q = 0; q < width; ++q) {
       const int64_t begin = q * v.stride_w - v.pad_w, tap = first_tap(begin, v.dilation_w);
@@ -97,7 +98,7 @@ void forward_nchw(const MaxPool2dParams& p) {
           for (int64_t q = 0; q < p.q; q += lanes<C>) {
             Best<C> best;
             if (begins) {
-              best.value = set1(lowest<C>());
+              best.value = set1(kLowest<C>);
               const ivec<C> first = *reinterpret_cast<const ivec<C>*>(s.first + q);
               best.choice = r1 <= r0 ? ivec<C>{} - 1 : first + static_cast<I>(r0 * steps.row);
             } else {
@@ -156,7 +157,7 @@ void forward_nhwc(const MaxPool2dParams& p) {
       const ivec<C> base = ivec<C>{} + static_cast<I>(top * p.w + left);
       for (int64_t c = 0; c < p.c; c += lanes<C>) {
         const int part = part_of<C>(c, p.c);
-        Best<C> best{set1(lowest<C>()), ivec<C>{} + first};
+        Best<C> best{set1(kLowest<C>), ivec<C>{} + first};
         for (int64_t r = r0; r < r1; ++r) {
           const T* at = corner + (r - r0) * step_h + c;
           I tap = static_cast<I>(r * steps.row + s0 * steps.column);

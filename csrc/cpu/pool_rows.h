@@ -90,15 +90,41 @@ struct PhasedRow {
   }
 };
 
+// The taps of a window along the row, by the phase of the cells they see, for working from cells back to windows: element i
+// of phase j is seen by tap `index` of window i - distance. The farthest tap, whose window comes first, is listed first.
+struct Tap {
+  int64_t distance, index;
+};
+template <class C>
+inline void list_taps(const PhasedRow<C>& phases, int64_t kernel, int64_t dilation, int64_t* phase_begin, Tap* taps) {
+  int64_t count = 0;
+  for (int64_t j = 0; j < phases.stride; ++j) {
+    phase_begin[j] = count;
+    for (int64_t t = kernel - 1; t >= 0; --t)
+      if (t * dilation % phases.stride == j) taps[count++] = {t * dilation / phases.stride, t};
+  }
+  phase_begin[phases.stride] = count;
+}
+// Of a phase's taps [first, past), those whose windows begin within [0, q) for some of the elements [i, i + lanes): a range
+// that moves towards the front as i grows.
+template <class C>
+struct TapRange {
+  int64_t lo, hi;
+
+  explicit TapRange(int64_t past) : lo(past), hi(past) {}
+  void move_to(int64_t i, int64_t q, const Tap* taps, int64_t first) {
+    while (lo > first && taps[lo - 1].distance < i + lanes<C>) --lo;
+    while (hi > first && taps[hi - 1].distance <= i - q) --hi;
+  }
+};
+
 // Output rows of a plane that one unit of work covers: whole planes, unless there are few.
 static inline int64_t rows_per_unit(int64_t planes, int64_t rows) {
   return planes >= 64 ? rows : ceil_div(rows, ceil_div(64, max64(planes, 1)));
 }
 
 template <class C>
-inline C lowest() {
-  return -static_cast<C>(__builtin_inff());
-}
+constexpr C kLowest = -static_cast<C>(__builtin_inff());
 
 // The last vector of a row of q windows is partial; it is still computed whole.
 template <class C>

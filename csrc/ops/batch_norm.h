@@ -35,12 +35,12 @@ struct BatchNormParams {
   Activation activation;
   DType affine, statistics;
   const void *x, *residual, *weight, *bias;
-  void *y;             // forward
-  void *mean, *var;    // results of forward in training
-  const void *dy, *saved_y;           // backward
-  void *dx, *dresidual;               // backward, each null where it is not wanted
-  void *dweight, *dbias;              // the same
-  void* workspace;  // batch_norm_workspace_bytes(p); the references do without
+  void* y;                   // forward
+  void *mean, *var;          // results of forward in training
+  const void *dy, *saved_y;  // backward
+  void *dx, *dresidual;      // backward, each null where it is not wanted
+  void *dweight, *dbias;     // the same
+  void* workspace;           // batch_norm_workspace_bytes(p); the references do without
   int threads;
 };
 
@@ -52,8 +52,8 @@ struct BatchNormParams {
 struct BatchNormPlan {
   static constexpr int64_t kPiece = 8192, kBlockRows = 128, kBlockColumns = 512;
   bool planes;
-  int64_t pieces, piece;           // planes: per plane, and elements of all but the last
-  int64_t fold, width, rows, tail; // rows
+  int64_t pieces, piece;            // planes: per plane, and elements of all but the last
+  int64_t fold, width, rows, tail;  // rows
   int64_t row_blocks, column_blocks;
   int64_t units;
 

@@ -61,7 +61,7 @@ void forward(const Tensor& y, const Tensor& x, const Tensor& weight, const std::
 }
 
 void input_grad(const Tensor& dx, const Tensor& dy, const Tensor& weight, Pair stride, Pair padding, Pair dilation,
-                    int threads, int kernel) {
+                int threads, int kernel) {
   LocallyConnected2dParams p =
       validate("locally_connected2d_input_grad", dx, weight, dy, stride, padding, dilation, threads);
   p.dy = dy.data, p.weight = weight.data, p.dx = dx.data;
@@ -69,7 +69,7 @@ void input_grad(const Tensor& dx, const Tensor& dy, const Tensor& weight, Pair s
 }
 
 void weight_grad(const Tensor& dw, const Tensor& dy, const Tensor& x, Pair stride, Pair padding, Pair dilation,
-                     int threads, int kernel) {
+                 int threads, int kernel) {
   LocallyConnected2dParams p =
       validate("locally_connected2d_weight_grad", x, dw, dy, stride, padding, dilation, threads);
   p.dy = dy.data, p.x = x.data, p.dw = dw.data;
@@ -83,8 +83,8 @@ void bind_locally_connected2d(py::module_& m) {
         "dilation"_a, "threads"_a, "kernel"_a = kSelect);
   m.def("locally_connected2d_input_grad", &input_grad, "dx"_a, "dy"_a, "weight"_a, "stride"_a, "padding"_a,
         "dilation"_a, "threads"_a, "kernel"_a = kSelect);
-  m.def("locally_connected2d_weight_grad", &weight_grad, "dw"_a, "dy"_a, "x"_a, "stride"_a, "padding"_a,
-        "dilation"_a, "threads"_a, "kernel"_a = kSelect);
+  m.def("locally_connected2d_weight_grad", &weight_grad, "dw"_a, "dy"_a, "x"_a, "stride"_a, "padding"_a, "dilation"_a,
+        "threads"_a, "kernel"_a = kSelect);
 }
 
 }  // namespace cnnops

@@ -30,7 +30,9 @@ struct LocallyConnected2dParams {
 // Images that forward multiplies with one reading of a position's filters.
 constexpr int64_t kLocallyConnectedImages = 16;
 
-static inline int64_t locally_connected2d_row(const LocallyConnected2dParams& p) { return round_up(p.c * p.r * p.s, 16); }
+static inline int64_t locally_connected2d_row(const LocallyConnected2dParams& p) {
+  return round_up(p.c * p.r * p.s, 16);
+}
 // Images of which the gradients of all patches are kept at once: about 64 MiB of them.
 static inline int64_t locally_connected2d_images(const LocallyConnected2dParams& p) {
   const int64_t elements = max64(p.p * p.q * locally_connected2d_row(p), 1);

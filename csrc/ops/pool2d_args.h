@@ -15,8 +15,9 @@ inline Windows windows(const char* op, Pair kernel, Pair stride, Pair padding, P
   for (int i = 0; i < 2; ++i) {
     CNNOPS_CHECK(kernel[i] > 0 && stride[i] > 0 && dilation[i] > 0 && padding[i] >= 0, std::invalid_argument, op,
                  ": kernel_size, stride and dilation must be positive and padding not negative");
-    CNNOPS_CHECK(kernel[i] <= kMaxPlane && stride[i] <= kMaxPlane && dilation[i] <= kMaxPlane && padding[i] <= kMaxPlane,
-                 std::invalid_argument, op, ": kernel_size, stride, dilation and padding must be below 2^31");
+    CNNOPS_CHECK(
+        kernel[i] <= kMaxPlane && stride[i] <= kMaxPlane && dilation[i] <= kMaxPlane && padding[i] <= kMaxPlane,
+        std::invalid_argument, op, ": kernel_size, stride, dilation and padding must be below 2^31");
     CNNOPS_CHECK(size[i] <= kMaxPlane, std::invalid_argument, op, ": a side of ", size[i], " cells is too large");
     CNNOPS_CHECK((outputs[i] - 1) * stride[i] < size[i] + padding[i], std::invalid_argument, op, ": an output of ",
                  outputs[i], " is too large for an input of ", size[i]);

@@ -17,8 +17,7 @@ struct Channel {
 };
 
 Channel channel(const BatchNormParams& p, int64_t c) {
-  return {batch_norm_get(p.mean, p.statistics, c),
-          1 / __builtin_sqrt(batch_norm_get(p.var, p.statistics, c) + p.eps),
+  return {batch_norm_get(p.mean, p.statistics, c), 1 / __builtin_sqrt(batch_norm_get(p.var, p.statistics, c) + p.eps),
           p.weight ? batch_norm_get(p.weight, p.affine, c) : 1, p.bias ? batch_norm_get(p.bias, p.affine, c) : 0};
 }
 

@@ -41,7 +41,8 @@ void input_grad(const Params& p) {
   for_each(p.n, p.c, p.h, p.w, [&](int64_t n, int64_t c, int64_t h, int64_t w) {
     double sum = 0;
     for_each(p.p, p.q, p.r, p.s, [&](int64_t pp, int64_t qq, int64_t r, int64_t s) {
-      if (pp * p.stride_h - p.pad_h + r * p.dilation_h != h || qq * p.stride_w - p.pad_w + s * p.dilation_w != w) return;
+      if (pp * p.stride_h - p.pad_h + r * p.dilation_h != h || qq * p.stride_w - p.pad_w + s * p.dilation_w != w)
+        return;
       for (int64_t k = 0; k < p.k; ++k)
         sum += load_scalar(weight[weight_index(p, pp, qq, k, c, r, s)]) * dy.get(n, k, pp, qq);
     });

@@ -172,9 +172,9 @@ template <class C, int N = lanes<C>>
 template <class C>
 [[gnu::always_inline]] inline ivec<C> load_u8_n(const uint8_t* p, int n) {
 #if CNNOPS_ISA_avx512
-  const __m128i bytes = n >= lanes<C> ? (lanes<C> == 16 ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))
-                                                        : _mm_loadu_si64(p))
-                                      : _mm_maskz_loadu_epi8((1u << n) - 1, p);
+  const __m128i bytes =
+      n >= lanes<C> ? (lanes<C> == 16 ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)) : _mm_loadu_si64(p))
+                    : _mm_maskz_loadu_epi8((1u << n) - 1, p);
   if constexpr (sizeof(C) == 4) {
     return reinterpret_cast<ivec<C>>(_mm512_cvtepu8_epi32(bytes));
   } else {
@@ -215,10 +215,10 @@ template <class C>
   // The lowest byte of each lane to the bottom of each half.
   constexpr char kNo = -128;
   const __m256i picks =
-      sizeof(C) == 4 ? _mm256_setr_epi8(0, 4, 8, 12, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, 0, 4, 8,
-                                        12, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo)
-                     : _mm256_setr_epi8(0, 8, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, 0, 8,
-                                        kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo);
+      sizeof(C) == 4 ? _mm256_setr_epi8(0, 4, 8, 12, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, 0, 4,
+                                        8, 12, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo)
+                     : _mm256_setr_epi8(0, 8, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, 0,
+                                        8, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo);
   const __m256i halves = _mm256_shuffle_epi8(reinterpret_cast<__m256i>(v), picks);
   const int low = _mm256_extract_epi32(halves, 0), high = _mm256_extract_epi32(halves, 4);
   std::memcpy(buffer, &low, lanes<C> / 2);

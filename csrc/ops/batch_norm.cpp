@@ -1,7 +1,5 @@
 #include "ops/batch_norm.h"
 
-#include <memory>
-
 #include "common/scratch.h"
 #include "dispatch/op_table.h"
 
@@ -60,7 +58,7 @@ BatchNormParams parameters(const char* op, Layout layout, const Tensor& x, const
 }
 
 void run_with_workspace(const char* pass, DType dtype, BatchNormParams p, int kernel) {
-  const Scratch<char> workspace(static_cast<int64_t>(batch_norm_workspace_bytes(p)));
+  const Scratch<char> workspace(batch_norm_workspace_bytes(p));
   p.workspace = workspace.data;
   run(table<BatchNormParams>(), pass, dtype, p, kernel);
 }

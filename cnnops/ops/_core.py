@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -257,7 +258,23 @@ def empty(shape: Sequence[int], like: Tensor, format: torch.memory_format, dtype
 
 
 def threads() -> int:
-    return torch.get_num_threads()
+    """How many threads a kernel uses: as many as torch's own ops, but one in a forked child.
+
+    A fork copies libgomp's list of threads but not the threads, and a parallel region in the child waits for them.
+    """
+    return 1 if _forked else torch.get_num_threads()
+
+
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def pair(value: int | Sequence[int], name: str, op: str) -> tuple[int, int]:

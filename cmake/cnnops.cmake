@@ -34,15 +34,21 @@ set(CNNOPS_WARNINGS -Wall -Wextra -Wno-unused-function -Wno-maybe-uninitialized 
 # Contraction to FMA is allowed (the references are checked with tolerances); reassociation is not.
 set(CNNOPS_KERNEL_FLAGS -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast ${CNNOPS_WARNINGS})
 
-set(CNNOPS_HAVE_CUDA OFF)
-if(NOT CNNOPS_CUDA STREQUAL "OFF")
+if(NOT CNNOPS_CUDA MATCHES "^(AUTO|ON|OFF)$")
+  message(FATAL_ERROR "CNNOPS_CUDA is AUTO, ON or OFF, not \"${CNNOPS_CUDA}\"")
+endif()
+# AUTO and OFF are the same until there are CUDA kernels.
+if(CNNOPS_CUDA STREQUAL "ON")
   include(CheckLanguage)
   check_language(CUDA)
-  if(CNNOPS_CUDA STREQUAL "ON" AND NOT CMAKE_CUDA_COMPILER)
+  if(NOT CMAKE_CUDA_COMPILER)
     message(FATAL_ERROR
       "CNNOPS_CUDA=ON, but no CUDA compiler was found. Put nvcc on PATH, or set CUDACXX or CMAKE_CUDA_COMPILER to it, "
       "or build without CUDA kernels with CNNOPS_CUDA=OFF.")
   endif()
+  message(FATAL_ERROR
+    "CNNOPS_CUDA=ON, and ${CMAKE_CUDA_COMPILER} was found, but this version of cnnops has no CUDA kernels. "
+    "Build for the CPU with CNNOPS_CUDA=OFF or AUTO.")
 endif()
 
 function(cnnops_add_module target)

@@ -1,4 +1,4 @@
-"""Prints cnnops/_C.pyi: the type stub of the extension, from the signatures that pybind11 writes into its docstrings."""
+"""Prints cnnops/_C.pyi, the type stub of the extension, from the signatures that pybind11 writes into docstrings."""
 
 from __future__ import annotations
 

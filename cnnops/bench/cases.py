@@ -60,7 +60,12 @@ def build(
 ) -> Case:
     """The calls of one entry."""
     make = Make(dtype, layout, data, torch.Generator().manual_seed(seed))
-    builders = {"conv2d": _conv2d, "conv_transpose2d": _conv_transpose2d, "batch_norm": _batch_norm}
+    builders = {
+        "conv2d": _conv2d,
+        "conv_transpose2d": _conv_transpose2d,
+        "locally_connected2d": _locally_connected2d,
+        "batch_norm": _batch_norm,
+    }
     case = builders.get(layer.op, _pooling)(layer, pass_, batch, make)
     unseeded = case.parts
 
@@ -338,6 +343,70 @@ def _conv_transpose2d(layer: Layer, pass_: str, n: int, make: Make) -> Case:
         lambda d: truth(d, dy),
         size,
         flops,
+    )
+
+
+def locally_connected_by_unfolding(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], pad: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """What PyTorch users write for a locally connected layer; weight [P, Q, K, C, R, S], bias [K]."""
+    p, q = weight.shape[:2]
+    patches = F.unfold(x, weight.shape[4:], dilation, pad, stride)  # type: ignore[arg-type]
+    y = torch.einsum("nip,pki->nkp", patches, weight.flatten(3).flatten(0, 1)).unflatten(2, (p, q))
+    return y if bias is None else y + _column(bias)
+
+
+def _locally_connected2d(layer: Layer, pass_: str, n: int, make: Make) -> Case:
+    from .. import functional
+
+    c, h, w, k, r, s = (layer[key] for key in ("C", "H", "W", "K", "R", "S"))
+    (p, q), fan = layer.output, c * r * s
+    arguments = layer.pair("stride"), layer.pair("pad"), layer.pair("dilation")
+    x, weight = make.image(n, c, h, w), make.normal(p, q, k, c, r, s, scale=fan**-0.5)
+    bias = make.normal(k) if layer["bias"] else None
+    once = (x.numel() + weight.numel() + n * k * p * q) * x.element_size()
+    flops = 2 * n * layer.macs()
+
+    if pass_ == "forward":
+
+        def parts(y: Tensor) -> Iterator[Part]:
+            images = make.some(2, n)
+            inputs = [None if t is None else t.double() for t in (x[images], weight, bias)]
+            absolute = [None if t is None else t.abs() for t in inputs]
+            expected, magnitude = (locally_connected_by_unfolding(*of, *arguments) for of in (inputs, absolute))  # type: ignore
+            yield Part("output", y[images], expected, magnitude, fan)
+
+        return Case(
+            lambda: functional.locally_connected2d(x, weight, bias, *arguments),
+            lambda: locally_connected_by_unfolding(x, weight, bias, *arguments),
+            parts,
+            once,
+            flops,
+        )
+
+    dy = make.normal(n, k, p, q)
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    ours = functional.locally_connected2d(x, weight, None, *arguments)
+    theirs = locally_connected_by_unfolding(x, weight, None, *arguments)
+
+    def backward_parts(result: tuple[Tensor, ...]) -> Iterator[Part]:
+        def gradients(absolute: bool) -> tuple[Tensor, ...]:
+            xs, ws, dys = (t.detach().double() for t in (x, weight, dy))
+            if absolute:
+                xs, ws, dys = xs.abs(), ws.abs(), dys.abs()
+            inputs = [xs.requires_grad_(), ws.requires_grad_()]
+            return torch.autograd.grad(locally_connected_by_unfolding(*inputs, None, *arguments), inputs, dys)
+
+        expected, magnitude = gradients(False), gradients(True)
+        yield Part("input gradient", result[0], expected[0], magnitude[0], k * r * s)
+        yield Part("weight gradient", result[1], expected[1], magnitude[1], n)
+
+    return Case(
+        lambda: torch.autograd.grad(ours, leaves, dy, retain_graph=True),
+        lambda: torch.autograd.grad(theirs, leaves, dy, retain_graph=True),
+        backward_parts,
+        once + (x.numel() + weight.numel()) * x.element_size(),
+        2 * flops,
     )
 
 

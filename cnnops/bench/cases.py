@@ -83,25 +83,33 @@ class Make:
     def __init__(self, dtype: torch.dtype, layout: str, data: str, generator: torch.Generator) -> None:
         self.dtype, self.format, self.data, self.generator = dtype, LAYOUTS[layout], data, generator
 
+    def _numbers(self, shape: Sequence[int], reach: int) -> Tensor:
+        """Normal numbers, or of magnitudes from 10^-reach to 10^reach. Past a million they repeat, with a prime period
+        so that no two images are the same: drawing all of them would take longer than what is timed."""
+        count, period = math.prod(shape), 1_000_003
+        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        values = torch.randn(min(count, period), generator=self.generator, dtype=dtype)
+        if reach:
+            exponent = torch.rand(values.shape, generator=self.generator, dtype=torch.float64) * (2 * reach) - reach
+            values = (values.sign() * 10**exponent).to(dtype)
+        return values.repeat(-(-count // period))[:count].reshape(shape)
+
     def _finish(self, values: Tensor) -> Tensor:
         values = values.to(self.dtype)
         return values.contiguous(memory_format=self.format) if values.dim() == 4 else values
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
         """Weights, and the factor that is not the data; positive where the data is."""
-        values = torch.randn(shape, generator=self.generator)
-        return self._finish((values.abs() if self.data == "positive" else values) * scale)
+        values = self._numbers(shape, 0)
+        return self._finish((values.abs_() if self.data == "positive" else values).mul_(scale))
 
     def image(self, *shape: int, reach: int = 30) -> Tensor:
         """Data in the chosen mode; ``reach`` is the wide mode's largest power of ten."""
         if self.data in ("normal", "positive"):
             return self.normal(*shape)
-        values = torch.randn(shape, generator=self.generator)
         if self.data == "offset":
-            return self._finish(values + 100)
-        reach = 3 if self.dtype == torch.float16 else reach
-        exponent = torch.rand(shape, generator=self.generator, dtype=torch.float64) * (2 * reach) - reach
-        return self._finish(values.sign() * 10**exponent)
+            return self._finish(self._numbers(shape, 0).add_(100))
+        return self._finish(self._numbers(shape, 3 if self.dtype == torch.float16 else reach))
 
     def some(self, count: int, among: int) -> Tensor:
         """Up to `count` of range(among), sorted; of several, one is the last, where tails are."""
@@ -178,7 +186,7 @@ def _conv2d(layer: Layer, pass_: str, n: int, make: Make) -> Case:
     aten = torch.ops.aten.convolution_backward.default
     if pass_ == "backward-input":
         dy, weight = make.image(n, k, p, q), make.normal(k, c // groups, r, s, scale=(k // groups * r * s) ** -0.5)
-        x = torch.zeros(n, c, h, w, dtype=make.dtype).contiguous(memory_format=make.format)  # only its shape counts
+        x = torch.empty((n, c, h, w), dtype=make.dtype, memory_format=make.format)  # only its shape counts
 
         def input_parts(dx: Tensor) -> Iterator[Part]:
             images, cs, ks, g = chosen.backward_input()
@@ -203,7 +211,7 @@ def _conv2d(layer: Layer, pass_: str, n: int, make: Make) -> Case:
         )
 
     x, dy = make.image(n, c, h, w), make.normal(n, k, p, q, scale=(n * p * q) ** -0.5)
-    weight = make.normal(k, c // groups, r, s)
+    weight = torch.empty((k, c // groups, r, s), dtype=make.dtype, memory_format=make.format)  # likewise
 
     def weight_parts(dw: Tensor) -> Iterator[Part]:
         cs, ks, g = chosen.backward_weight()

@@ -60,7 +60,12 @@ def build(
 ) -> Case:
     """The calls of one entry."""
     make = Make(dtype, layout, data, torch.Generator().manual_seed(seed))
-    builders = {"conv2d": _conv2d, "conv_transpose2d": _conv_transpose2d, "batch_norm": _batch_norm}
+    builders = {
+        "conv2d": _conv2d,
+        "conv_transpose2d": _conv_transpose2d,
+        "locally_connected2d": _locally_connected2d,
+        "batch_norm": _batch_norm,
+    }
     case = builders.get(layer.op, _pooling)(layer, pass_, batch, make)
     unseeded = case.parts
 
@@ -78,25 +83,33 @@ class Make:
     def __init__(self, dtype: torch.dtype, layout: str, data: str, generator: torch.Generator) -> None:
         self.dtype, self.format, self.data, self.generator = dtype, LAYOUTS[layout], data, generator
 
+    def _numbers(self, shape: Sequence[int], reach: int) -> Tensor:
+        """Normal numbers, or of magnitudes from 10^-reach to 10^reach. Past a million they repeat, with a prime period
+        so that no two images are the same: drawing all of them would take longer than what is timed."""
+        count, period = math.prod(shape), 1_000_003
+        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        values = torch.randn(min(count, period), generator=self.generator, dtype=dtype)
+        if reach:
+            exponent = torch.rand(values.shape, generator=self.generator, dtype=torch.float64) * (2 * reach) - reach
+            values = (values.sign() * 10**exponent).to(dtype)
+        return values.repeat(-(-count // period))[:count].reshape(shape)
+
     def _finish(self, values: Tensor) -> Tensor:
         values = values.to(self.dtype)
         return values.contiguous(memory_format=self.format) if values.dim() == 4 else values
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
         """Weights, and the factor that is not the data; positive where the data is."""
-        values = torch.randn(shape, generator=self.generator)
-        return self._finish((values.abs() if self.data == "positive" else values) * scale)
+        values = self._numbers(shape, 0)
+        return self._finish((values.abs_() if self.data == "positive" else values).mul_(scale))
 
     def image(self, *shape: int, reach: int = 30) -> Tensor:
         """Data in the chosen mode; ``reach`` is the wide mode's largest power of ten."""
         if self.data in ("normal", "positive"):
             return self.normal(*shape)
-        values = torch.randn(shape, generator=self.generator)
         if self.data == "offset":
-            return self._finish(values + 100)
-        reach = 3 if self.dtype == torch.float16 else reach
-        exponent = torch.rand(shape, generator=self.generator, dtype=torch.float64) * (2 * reach) - reach
-        return self._finish(values.sign() * 10**exponent)
+            return self._finish(self._numbers(shape, 0).add_(100))
+        return self._finish(self._numbers(shape, 3 if self.dtype == torch.float16 else reach))
 
     def some(self, count: int, among: int) -> Tensor:
         """Up to `count` of range(among), sorted; of several, one is the last, where tails are."""
@@ -173,7 +186,7 @@ def _conv2d(layer: Layer, pass_: str, n: int, make: Make) -> Case:
     aten = torch.ops.aten.convolution_backward.default
     if pass_ == "backward-input":
         dy, weight = make.image(n, k, p, q), make.normal(k, c // groups, r, s, scale=(k // groups * r * s) ** -0.5)
-        x = torch.zeros(n, c, h, w, dtype=make.dtype).contiguous(memory_format=make.format)  # only its shape counts
+        x = torch.empty((n, c, h, w), dtype=make.dtype, memory_format=make.format)  # only its shape counts
 
         def input_parts(dx: Tensor) -> Iterator[Part]:
             images, cs, ks, g = chosen.backward_input()
@@ -198,7 +211,7 @@ def _conv2d(layer: Layer, pass_: str, n: int, make: Make) -> Case:
         )
 
     x, dy = make.image(n, c, h, w), make.normal(n, k, p, q, scale=(n * p * q) ** -0.5)
-    weight = make.normal(k, c // groups, r, s)
+    weight = torch.empty((k, c // groups, r, s), dtype=make.dtype, memory_format=make.format)  # likewise
 
     def weight_parts(dw: Tensor) -> Iterator[Part]:
         cs, ks, g = chosen.backward_weight()
@@ -338,6 +351,70 @@ def _conv_transpose2d(layer: Layer, pass_: str, n: int, make: Make) -> Case:
         lambda d: truth(d, dy),
         size,
         flops,
+    )
+
+
+def locally_connected_by_unfolding(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], pad: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """What PyTorch users write for a locally connected layer; weight [P, Q, K, C, R, S], bias [K]."""
+    p, q = weight.shape[:2]
+    patches = F.unfold(x, weight.shape[4:], dilation, pad, stride)  # type: ignore[arg-type]
+    y = torch.einsum("nip,pki->nkp", patches, weight.flatten(3).flatten(0, 1)).unflatten(2, (p, q))
+    return y if bias is None else y + _column(bias)
+
+
+def _locally_connected2d(layer: Layer, pass_: str, n: int, make: Make) -> Case:
+    from .. import functional
+
+    c, h, w, k, r, s = (layer[key] for key in ("C", "H", "W", "K", "R", "S"))
+    (p, q), fan = layer.output, c * r * s
+    arguments = layer.pair("stride"), layer.pair("pad"), layer.pair("dilation")
+    x, weight = make.image(n, c, h, w), make.normal(p, q, k, c, r, s, scale=fan**-0.5)
+    bias = make.normal(k) if layer["bias"] else None
+    once = (x.numel() + weight.numel() + n * k * p * q) * x.element_size()
+    flops = 2 * n * layer.macs()
+
+    if pass_ == "forward":
+
+        def parts(y: Tensor) -> Iterator[Part]:
+            images = make.some(2, n)
+            inputs = [None if t is None else t.double() for t in (x[images], weight, bias)]
+            absolute = [None if t is None else t.abs() for t in inputs]
+            expected, magnitude = (locally_connected_by_unfolding(*of, *arguments) for of in (inputs, absolute))  # type: ignore
+            yield Part("output", y[images], expected, magnitude, fan)
+
+        return Case(
+            lambda: functional.locally_connected2d(x, weight, bias, *arguments),
+            lambda: locally_connected_by_unfolding(x, weight, bias, *arguments),
+            parts,
+            once,
+            flops,
+        )
+
+    dy = make.normal(n, k, p, q)
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    ours = functional.locally_connected2d(x, weight, None, *arguments)
+    theirs = locally_connected_by_unfolding(x, weight, None, *arguments)
+
+    def backward_parts(result: tuple[Tensor, ...]) -> Iterator[Part]:
+        def gradients(absolute: bool) -> tuple[Tensor, ...]:
+            xs, ws, dys = (t.detach().double() for t in (x, weight, dy))
+            if absolute:
+                xs, ws, dys = xs.abs(), ws.abs(), dys.abs()
+            inputs = [xs.requires_grad_(), ws.requires_grad_()]
+            return torch.autograd.grad(locally_connected_by_unfolding(*inputs, None, *arguments), inputs, dys)
+
+        expected, magnitude = gradients(False), gradients(True)
+        yield Part("input gradient", result[0], expected[0], magnitude[0], k * r * s)
+        yield Part("weight gradient", result[1], expected[1], magnitude[1], n)
+
+    return Case(
+        lambda: torch.autograd.grad(ours, leaves, dy, retain_graph=True),
+        lambda: torch.autograd.grad(theirs, leaves, dy, retain_graph=True),
+        backward_parts,
+        once + (x.numel() + weight.numel()) * x.element_size(),
+        2 * flops,
     )
 
 

@@ -28,6 +28,10 @@ KEYS: dict[str, dict[str, int | str | None]] = {
         "C": None, "H": None, "W": None, "K": None, "R": None, "S": None,
         "stride": 1, "pad": 0, "output_pad": 0, "dilation": 1, "groups": 1, "bias": 0,
     },
+    "locally_connected2d": {
+        "C": None, "H": None, "W": None, "K": None, "R": None, "S": None,
+        "stride": 1, "pad": 0, "dilation": 1, "bias": 0,
+    },
     "max_pool2d": {"C": None, "H": None, "W": None, "kernel": None, "stride": None, "pad": 0, "dilation": 1, "ceil": 0},
     "avg_pool2d": {"C": None, "H": None, "W": None, "kernel": None, "stride": None, "pad": 0, "ceil": 0},
     "median_pool2d": {"C": None, "H": None, "W": None, "kernel": None, "stride": None, "pad": 0},
@@ -113,6 +117,8 @@ class Layer:
     def macs(self) -> int:
         """Multiply-adds of one image's forward pass; 0 where the op is no convolution."""
         p, q = self.output
+        if self.op == "locally_connected2d":
+            return self.weights()
         if self.op == "conv2d":
             return p * q * self["K"] * self["R"] * self["S"] * (self["C"] // self["groups"])
         if self.op == "conv_transpose2d":
@@ -121,6 +127,9 @@ class Layer:
 
     def weights(self) -> int:
         """Elements of a convolution's weight."""
+        if self.op == "locally_connected2d":
+            p, q = self.output
+            return p * q * self["K"] * self["C"] * self["R"] * self["S"]
         if not self.op.startswith("conv"):
             return 0
         return self["C"] * self["K"] // self["groups"] * self["R"] * self["S"]

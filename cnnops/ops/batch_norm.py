@@ -247,7 +247,9 @@ def _takes(
     training: bool, momentum: float, eps: float
 ) -> bool:  # fmt: skip
     """Whether the kernels take this call; whatever they do not take is PyTorch's to compute, or to refuse."""
-    if not isinstance(input, Tensor) or input.dim() < 2 or input.numel() == 0 or (running_mean is None) != (running_var is None):
+    if not isinstance(input, Tensor) or input.dim() < 2 or input.numel() == 0:
+        return False
+    if (running_mean is None) != (running_var is None):
         return False
     if not isinstance(momentum, (int, float)) or not isinstance(eps, (int, float)):
         return False
@@ -278,7 +280,7 @@ def _composite(
     # PyTorch finds a weight on another device only after it has changed the running statistics.
     for name, t in (("weight", weight), ("bias", bias), ("running_mean", running_mean), ("running_var", running_var)):
         if t is not None and isinstance(input, Tensor) and t.device != input.device:
-            raise RuntimeError(f"batch_norm(): expected {name} on {input.device} like the input, but it is on {t.device}")
+            raise RuntimeError(f"batch_norm(): expected {name} on the input's {input.device}, but it is on {t.device}")
     y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     return _activation.apply(y if residual is None else y + residual, activation)
 

@@ -36,7 +36,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, *ctx.geometry = inputs
     needs = ctx.needs_input_grad
     ctx.save_for_backward(x if needs[1] else None, weight if needs[0] else None)
-    ctx.input_size, ctx.kernel_size = x.shape[2:], weight.shape[4:]
+    ctx.input_size, ctx.kernel_size, ctx.format = x.shape[2:], weight.shape[4:], memory_format(x)
     ctx.bias_dims = 0 if bias is None else bias.dim()
 
 
@@ -44,7 +44,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     x, weight = ctx.saved_tensors
     dx = dw = db = None
     if ctx.needs_input_grad[0]:
-        dx = input_grad(dy, weight, *ctx.input_size, *ctx.geometry)
+        dx = input_grad(dense(dy, ctx.format), weight, *ctx.input_size, *ctx.geometry)
     if ctx.needs_input_grad[1]:
         dw = weight_grad(dy, x, *ctx.kernel_size, *ctx.geometry)
     if ctx.needs_input_grad[2]:

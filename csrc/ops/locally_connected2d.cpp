@@ -1,8 +1,6 @@
 #include "ops/locally_connected2d.h"
 
-#include <memory>
-
-#include "common/host_memory.h"
+#include "common/scratch.h"
 #include "dispatch/op_table.h"
 
 namespace cnnops {
@@ -37,9 +35,8 @@ LocallyConnected2dParams validate(const char* op, const Tensor& x, const Tensor&
 }
 
 void run_with_workspace(const char* pass, DType dtype, LocallyConnected2dParams p, int kernel) {
-  const std::unique_ptr<void, decltype(&scratch_release)> workspace(
-      scratch_acquire(static_cast<size_t>(locally_connected2d_workspace_bytes(p))), &scratch_release);
-  p.workspace = workspace.get();
+  const Scratch<char> workspace(locally_connected2d_workspace_bytes(p));
+  p.workspace = workspace.data;
   run(table<LocallyConnected2dParams>(), pass, dtype, p, kernel);
 }
 

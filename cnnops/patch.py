@@ -12,10 +12,22 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from . import functional as CF
+from .ops._core import pair, transparent
 
 
-def _conv2d(*args: Any, **kwargs: Any) -> Any:
-    return CF.conv2d(*args, **kwargs)
+def _conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Any:
+    # PyTorch refuses some words for the padding that cnnops.functional takes.
+    words = ("valid", "same") if pair(stride, "stride", "conv2d") == (1, 1) else ("valid",)
+    function = torch.conv2d if isinstance(padding, str) and padding not in words else CF.conv2d
+    return function(input, weight, bias, stride, padding, dilation, groups)
 
 
 def _conv_transpose2d(*args: Any, **kwargs: Any) -> Any:
@@ -112,8 +124,8 @@ class _Mode(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         route = _ROUTES.get(func)
-        # Subclasses of Tensor that override PyTorch's functions (they are in `types`) have the first say.
-        if route is None or types or "out" in kwargs:
+        # Subclasses of Tensor that override PyTorch's functions have the first say.
+        if route is None or "out" in kwargs or not all(map(transparent, types)):
             return func(*args, **kwargs)
         return route(*args, **kwargs)
 

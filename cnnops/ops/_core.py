@@ -200,7 +200,7 @@ def supported(input: Tensor, *tensors: Tensor | None) -> bool:
     for t in (input, *tensors):  # no generator: this runs in every call
         if t is None:
             continue
-        if type(t) not in _PLAIN_TYPES and not _transparent(type(t)):
+        if type(t) not in _PLAIN_TYPES and not transparent(type(t)):
             return False
         if t.dtype not in KERNEL_DTYPES or t.layout is not torch.strided:
             return False
@@ -209,7 +209,7 @@ def supported(input: Tensor, *tensors: Tensor | None) -> bool:
     return True
 
 
-def _transparent(kind: type) -> bool:
+def transparent(kind: type) -> bool:
     """Whether tensors of this class take any operator: fake and functional ones, and those that override nothing."""
     if not issubclass(kind, Tensor):
         return False
@@ -306,4 +306,6 @@ def prod(values: Sequence[int]) -> int:
     return math.prod(values)
 
 
-__all__ = ["C", "Operator", "dense", "empty", "memory_format", "needs_composite", "pair", "supported", "threads"]
+__all__ = [
+    "C", "Operator", "dense", "empty", "memory_format", "needs_composite", "pair", "supported", "threads", "transparent",
+]  # fmt: skip

@@ -1,6 +1,5 @@
 #include "ops/locally_connected2d.h"
 
-
 #include "common/scratch.h"
 #include "dispatch/op_table.h"
 

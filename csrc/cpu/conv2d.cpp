@@ -19,6 +19,7 @@
 #include "cpu/conv2d_lattice.h"
 #include "cpu/micro/gemm_tile.h"
 #include "cpu/simd/activation.h"
+#include "cpu/simd/transpose.h"
 
 namespace cnnops::CNNOPS_ISA {
 namespace {
@@ -51,8 +52,26 @@ struct Problem {
   int64_t block_pixels, block_filters;
 };
 
+template <class C>
+[[gnu::always_inline]] inline void zero_run(C* dst, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) dst[i] = 0;
+}
+
+template <class T>
+[[gnu::always_inline]] inline void copy_run(compute_t<T>* dst, const T* src, int64_t step, int64_t n) {
+  using C = compute_t<T>;
+  if (step == 1) {
+    int64_t i = 0;
+    for (; i + lanes<C> <= n; i += lanes<C>) store(dst + i, load(src + i));
+    if (i < n) store_n(dst + i, load_n(src + i, static_cast<int>(n - i)), static_cast<int>(n - i));
+    return;
+  }
+  for (int64_t i = 0; i < n; ++i) dst[i] = load_scalar(src[i * step]);
+}
+
 // ---- Weights ---------------------------------------------------------------------------------------------------------
-// Packed as [panel][(chunk, tap, channel)][width]: panels of kTileRows output channels for NCHW, of up to kTileVecs vectors
+// Packed as [panel][chunk][term][width], the terms ordered (channel, tap) for NCHW and (tap, channel) for channels_last, as
+// PyTorch's formats order a filter's weights: panels of kTileRows output channels for NCHW, of up to kTileVecs vectors
 // for channels_last. A panel that begins at channel m lies at m * length; what is past the last channel is zero.
 
 template <class C>
@@ -76,15 +95,37 @@ struct Panels {
 template <class T>
 void pack_weights(const Problem<T>& g, const T* weight, int64_t stride_m, int64_t stride_c, int64_t m0, int64_t width,
                   compute_t<T>* packed) {
-  const int64_t filled = min64(width, g.out_channels - m0);
+  using C = compute_t<T>;
+  const bool nchw = g.layout == Layout::nchw;
+  const int64_t filled = min64(width, g.out_channels - m0), taps = g.lattice.count;
+  weight += m0 * stride_m;
+  bool neighbours = true;  // the taps follow each other in memory
+  for (int64_t t = 0; t < taps; ++t) neighbours = neighbours && g.taps[t].weight == g.taps[0].weight + t;
   for (int64_t c0 = 0; c0 < g.in_channels; c0 += g.chunk_channels) {
-    const int64_t c1 = min64(c0 + g.chunk_channels, g.in_channels);
-    for (int64_t t = 0; t < g.lattice.count; ++t)
-      for (int64_t c = c0; c < c1; ++c, packed += width) {
-        const T* const source = weight + m0 * stride_m + c * stride_c + g.taps[t].weight;
-        for (int64_t i = 0; i < filled; ++i) packed[i] = load_scalar(source[i * stride_m]);
-        for (int64_t i = filled; i < width; ++i) packed[i] = 0;
-      }
+    const int64_t c1 = min64(c0 + g.chunk_channels, g.in_channels), channels = c1 - c0, terms = channels * taps;
+    if (filled < width)
+      for (int64_t i = 0; i < terms; ++i) zero_run(packed + i * width + filled, width - filled);
+    if (nchw && neighbours && stride_c == taps) {  // one matrix: PyTorch's contiguous weights, forward
+      transpose(weight + g.taps[0].weight + c0 * stride_c, stride_m, filled, terms, packed, width);
+    } else if (nchw && neighbours) {  // a matrix per channel: the same weights, input_grad
+      for (int64_t c = 0; c < channels; ++c)
+        transpose(weight + g.taps[0].weight + (c0 + c) * stride_c, stride_m, filled, taps, packed + c * taps * width,
+                  width);
+    } else if (!nchw && stride_c == 1) {  // a matrix per tap: channels_last weights, forward
+      for (int64_t t = 0; t < taps; ++t)
+        transpose(weight + g.taps[t].weight + c0, stride_m, filled, channels, packed + t * channels * width, width);
+    } else {
+      for (int64_t c = 0; c < channels; ++c)
+        for (int64_t t = 0; t < taps; ++t) {
+          const T* const from = weight + (c0 + c) * stride_c + g.taps[t].weight;
+          C* const to = packed + (nchw ? c * taps + t : t * channels + c) * width;
+          if (stride_m == 1)
+            copy_run(to, from, 1, filled);
+          else
+            for (int64_t i = 0; i < filled; ++i) to[i] = load_scalar(from[i * stride_m]);
+        }
+    }
+    packed += terms * width;
   }
 }
 
@@ -107,24 +148,7 @@ int64_t find_runs(int64_t rows, int64_t columns, int64_t begin, int64_t count, i
   return found;
 }
 
-template <class T>
-[[gnu::always_inline]] inline void copy_run(compute_t<T>* dst, const T* src, int64_t step, int64_t n) {
-  using C = compute_t<T>;
-  if (step == 1) {
-    int64_t i = 0;
-    for (; i + lanes<C> <= n; i += lanes<C>) store(dst + i, load(src + i));
-    if (i < n) store_n(dst + i, load_n(src + i, static_cast<int>(n - i)), static_cast<int>(n - i));
-    return;
-  }
-  for (int64_t i = 0; i < n; ++i) dst[i] = load_scalar(src[i * step]);
-}
-
-template <class C>
-[[gnu::always_inline]] inline void zero_run(C* dst, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) dst[i] = 0;
-}
-
-// NCHW: panels of kTileColumns pixels, [panel][(tap, channel)][column].
+// NCHW: panels of kTileColumns pixels, [panel][(channel, tap)][column].
 template <class T>
 void pack_pixels_nchw(const Problem<T>& g, const Run* runs, int64_t run_count, int64_t pixels, int64_t c0, int64_t c1,
                       compute_t<T>* packed) {
@@ -142,13 +166,13 @@ void pack_pixels_nchw(const Problem<T>& g, const Run* runs, int64_t run_count, i
       Range valid = valid_range(run.length, g.lattice.isw, w, g.in_w);
       if (h < 0 || h >= g.in_h) valid = {0, 0};
       const T* src = g.input + run.n * g.in.n + c0 * g.in.c + h * g.in.h + w + valid.first * g.lattice.isw;
-      C* dst = panel + t * channels * kColumns;
+      C* dst = panel + t * kColumns;
       if (valid.first == 0 && valid.last == run.length && tail == 0) {
-        for (int64_t c = 0; c < channels; ++c, src += g.in.c, dst += kColumns)
+        for (int64_t c = 0; c < channels; ++c, src += g.in.c, dst += g.lattice.count * kColumns)
           copy_run(dst, src, g.lattice.isw, run.length);
         continue;
       }
-      for (int64_t c = 0; c < channels; ++c, src += g.in.c, dst += kColumns) {
+      for (int64_t c = 0; c < channels; ++c, src += g.in.c, dst += g.lattice.count * kColumns) {
         zero_run(dst, valid.first);
         copy_run(dst + valid.first, src, g.lattice.isw, valid.last - valid.first);
         zero_run(dst + valid.last, run.length - valid.last + tail);
@@ -266,8 +290,8 @@ void compute_block(const Problem<T>& g, const Panels<compute_t<T>>& panels, cons
         const int row_count = static_cast<int>(min64(kTileRows, m1 - m));
         for (int64_t at = 0; at < pixels; at += kColumns) {
           const int vecs = static_cast<int>(min64(kTileVecs, ceil_div(pixels - at, lanes<C>)));
-          gemm_tile<C>(row_count, vecs, rows, packed + at * terms, kColumns, terms, sums + (m - m0) * pitch + at, pitch,
-                       add);
+          gemm_tile<C>(row_count, vecs, rows, packed + at * terms, kColumns, terms, 1, sums + (m - m0) * pitch + at,
+                       pitch, add);
         }
       }
     } else {
@@ -281,7 +305,7 @@ void compute_block(const Problem<T>& g, const Panels<compute_t<T>>& panels, cons
             if (in_place) rows = {in_place + at * g.in.w + c0, g.in.w};
           }
           gemm_tile<C>(static_cast<int>(min64(kTileRows, pixels - at)), static_cast<int>(width / lanes<C>), rows,
-                       panel_weights, width, terms, sums + at * pitch + (m - m0), pitch, add);
+                       panel_weights, width, terms, 1, sums + at * pitch + (m - m0), pitch, add);
         }
       }
     }
@@ -478,13 +502,9 @@ void copy_filters(const Conv2dParams& p, int64_t n, int64_t row, int64_t rows, i
     }
     return;
   }
-  // A transposition, in blocks of 8 filters by 8 pixels so that both sides are touched by whole cache lines.
-  constexpr int64_t kBlock = 8;
-  for (int64_t i0 = 0; i0 < pixels; i0 += kBlock)
-    for (int64_t k = 0; k < pitch; k += kBlock)
-      for (int64_t i = i0; i < min64(i0 + kBlock, pixels); ++i)
-        for (int64_t kk = k; kk < min64(k + kBlock, pitch); ++kk)
-          out[i * pitch + kk] = kk < filters ? load_scalar(source[kk * dy.c + i]) : C{0};
+  transpose(source, dy.c, filters, pixels, out, pitch);
+  if (filters < pitch)
+    for (int64_t i = 0; i < pixels; ++i) zero_run<C>(out + i * pitch + filters, pitch - filters);
 }
 
 template <class T>
@@ -544,11 +564,9 @@ void weight_grad(const Conv2dParams& p) {
           const int vecs = static_cast<int>(min64(kTileVecs, (pitch - k) / lanes<C>));
           for (int64_t i = 0; i < terms; i += kTileRows) {
             const int tile_rows = static_cast<int>(min64(kTileRows, terms - i));
-            for (int64_t r = 0; r < rows; ++r) {
-              const OffsetRows<C> pixels{strip + r * p.stride_h * step_h, offset + i, p.stride_w * step_w};
-              gemm_tile<C>(tile_rows, vecs, pixels, filters + r * p.q * pitch + k, pitch, p.q,
-                           sums + i * g.filter_pitch + k, g.filter_pitch, chunk > first || r > 0);
-            }
+            const OffsetRows<C> pixels{strip, offset + i, p.stride_w * step_w, p.stride_h * step_h};
+            gemm_tile<C>(tile_rows, vecs, pixels, filters + k, pitch, p.q, rows, sums + i * g.filter_pitch + k,
+                         g.filter_pitch, chunk > first);
           }
         }
       }

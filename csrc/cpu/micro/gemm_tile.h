@@ -1,6 +1,6 @@
 // The inner loop of every dense convolution pass: a register tile of kRows x kVecs vectors,
 //
-//   c[i][:] (+)= sum over kk < len of a(i, kk) * b[kk][:]
+//   c[i][:] (+)= sum over kk < len of a(i, kk) * b[kk][:]          summed over `runs` such runs, a and b moving on between
 //
 // where a is broadcast and b is a panel of contiguous vectors. Three ways to read `a` serve all passes:
 //   PackedRows    a(i, kk) = base[kk * kStride + i]       weights packed for NCHW outputs
@@ -28,12 +28,14 @@ constexpr int kTileColumns = kTileVecs * lanes<C>;
 template <class C>
 struct PackedRows {
   const C* base;
+  static constexpr int64_t run = 0;
   [[gnu::always_inline]] C at(int i, int64_t kk) const { return base[kk * kTileRows + i]; }
 };
 template <class C>
 struct PitchedRows {
   const C* base;
   int64_t pitch;
+  static constexpr int64_t run = 0;
   [[gnu::always_inline]] C at(int i, int64_t kk) const { return base[i * pitch + kk]; }
 };
 template <class C>
@@ -41,26 +43,29 @@ struct OffsetRows {
   const C* base;
   const int64_t* offset;
   int64_t step;
+  int64_t run;  // from one run to the next
   [[gnu::always_inline]] C at(int i, int64_t kk) const { return base[offset[i] + kk * step]; }
 };
 
-// b advances by b_step from one kk to the next; c is [kRows][ldc]. Without `add`, c is overwritten.
+// b advances by b_step from one kk to the next, through all runs; c is [kRows][ldc]. Without `add`, c is overwritten.
 template <int kRows, int kVecs, class C, class Rows>
-void gemm_tile(const Rows a, const C* b, int64_t b_step, int64_t len, C* c, int64_t ldc, bool add) {
+void gemm_tile(Rows a, const C* b, int64_t b_step, int64_t len, int64_t runs, C* c, int64_t ldc, bool add) {
   vec<C> sum[kRows][kVecs];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) sum[i][v] = add ? load(c + i * ldc + v * lanes<C>) : vec<C>{};
-  for (int64_t kk = 0; kk < len; ++kk, b += b_step) {
-    vec<C> bv[kVecs];
+  for (int64_t run = 0; run < runs; ++run, a.base += a.run) {
+    for (int64_t kk = 0; kk < len; ++kk, b += b_step) {
+      vec<C> bv[kVecs];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) bv[v] = load(b + v * lanes<C>);
+      for (int v = 0; v < kVecs; ++v) bv[v] = load(b + v * lanes<C>);
 #pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
-      const C av = a.at(i, kk);
+      for (int i = 0; i < kRows; ++i) {
+        const C av = a.at(i, kk);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) sum[i][v] += av * bv[v];
+        for (int v = 0; v < kVecs; ++v) sum[i][v] += av * bv[v];
+      }
     }
   }
 #pragma GCC unroll 8
@@ -71,10 +76,10 @@ void gemm_tile(const Rows a, const C* b, int64_t b_step, int64_t len, C* c, int6
 
 // The tile for 1 <= rows <= kTileRows and 1 <= vecs <= kTileVecs.
 template <class C, class Rows>
-void gemm_tile(int rows, int vecs, const Rows& a, const C* b, int64_t b_step, int64_t len, C* c, int64_t ldc,
-               bool add) {
+void gemm_tile(int rows, int vecs, const Rows& a, const C* b, int64_t b_step, int64_t len, int64_t runs, C* c,
+               int64_t ldc, bool add) {
 #define CNNOPS_TILE(r, v) \
-  case r * 4 + v: return gemm_tile<r, v>(a, b, b_step, len, c, ldc, add);
+  case r * 4 + v: return gemm_tile<r, v>(a, b, b_step, len, runs, c, ldc, add);
 #if CNNOPS_ISA_avx512
 #define CNNOPS_TILES(r) CNNOPS_TILE(r, 1) CNNOPS_TILE(r, 2) CNNOPS_TILE(r, 3)
 #else

@@ -119,15 +119,20 @@ class Run:
         self.accuracies.append(float(right.float().mean()))
 
 
-def compare(digits: Digits, epochs: int, batch: int = 64, report: Callable[[str], None] = print) -> tuple[Run, Run]:
-    """Trains both models."""
+def twins(steps: int, report: Callable[[str], None] = print) -> tuple[Run, Run]:
+    """The plain and the converted model, with the same weights, ready for so many steps."""
     torch.manual_seed(0)
     plain = Run("PyTorch", small_cnn())
     ours = Run("cnnops", copy.deepcopy(plain.model))
     report(str(cnnops.convert_(ours.model)))
-    steps = epochs * -(-len(digits.train_x) // batch)
-    for run in (plain, ours):
-        run.start(steps)
+    plain.start(steps)
+    ours.start(steps)
+    return plain, ours
+
+
+def compare(digits: Digits, epochs: int, batch: int = 64, report: Callable[[str], None] = print) -> tuple[Run, Run]:
+    """Trains both models."""
+    plain, ours = twins(epochs * -(-len(digits.train_x) // batch), report)
     for epoch in range(epochs):
         for run in (plain, ours):
             run.train(batches(digits, epoch, batch))

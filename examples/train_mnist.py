@@ -202,7 +202,7 @@ def plot(plain: Run, ours: Run, path: Path) -> None:
     rows = bottom.subplots(2, len(filters[0]))
     for run, weight, row in zip((plain, ours), filters, rows, strict=True):
         for axes, image in zip(row, weight[:, 0], strict=True):
-            axes.imshow(image, cmap="RdBu", vmin=-limit, vmax=limit)
+            axes.imshow(image.numpy(), cmap="RdBu", vmin=-limit, vmax=limit)
             axes.set(xticks=[], yticks=[])
         row[0].set_ylabel(run.name)
     figure.savefig(path, dpi=100)

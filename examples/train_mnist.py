@@ -119,15 +119,20 @@ class Run:
         self.accuracies.append(float(right.float().mean()))
 
 
-def compare(digits: Digits, epochs: int, batch: int = 64, report: Callable[[str], None] = print) -> tuple[Run, Run]:
-    """Trains both models."""
+def twins(steps: int, report: Callable[[str], None] = print) -> tuple[Run, Run]:
+    """The plain and the converted model, with the same weights, ready for so many steps."""
     torch.manual_seed(0)
     plain = Run("PyTorch", small_cnn())
     ours = Run("cnnops", copy.deepcopy(plain.model))
     report(str(cnnops.convert_(ours.model)))
-    steps = epochs * -(-len(digits.train_x) // batch)
-    for run in (plain, ours):
-        run.start(steps)
+    plain.start(steps)
+    ours.start(steps)
+    return plain, ours
+
+
+def compare(digits: Digits, epochs: int, batch: int = 64, report: Callable[[str], None] = print) -> tuple[Run, Run]:
+    """Trains both models."""
+    plain, ours = twins(epochs * -(-len(digits.train_x) // batch), report)
     for epoch in range(epochs):
         for run in (plain, ours):
             run.train(batches(digits, epoch, batch))
@@ -197,7 +202,7 @@ def plot(plain: Run, ours: Run, path: Path) -> None:
     rows = bottom.subplots(2, len(filters[0]))
     for run, weight, row in zip((plain, ours), filters, rows, strict=True):
         for axes, image in zip(row, weight[:, 0], strict=True):
-            axes.imshow(image, cmap="RdBu", vmin=-limit, vmax=limit)
+            axes.imshow(image.numpy(), cmap="RdBu", vmin=-limit, vmax=limit)
             axes.set(xticks=[], yticks=[])
         row[0].set_ylabel(run.name)
     figure.savefig(path, dpi=100)

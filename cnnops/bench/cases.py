@@ -359,7 +359,7 @@ def locally_connected_by_unfolding(
 ) -> Tensor:
     """What PyTorch users write for a locally connected layer; weight [P, Q, K, C, R, S], bias [K]."""
     p, q = weight.shape[:2]
-    patches = F.unfold(x, weight.shape[4:], dilation, pad, stride)  # type: ignore[arg-type]
+    patches = F.unfold(x, weight.shape[4:], dilation, pad, stride)
     y = torch.einsum("nip,pki->nkp", patches, weight.flatten(3).flatten(0, 1)).unflatten(2, (p, q))
     return y if bias is None else y + _column(bias)
 
@@ -402,7 +402,7 @@ def _locally_connected2d(layer: Layer, pass_: str, n: int, make: Make) -> Case:
             xs, ws, dys = (t.detach().double() for t in (x, weight, dy))
             if absolute:
                 xs, ws, dys = xs.abs(), ws.abs(), dys.abs()
-            inputs = [xs.requires_grad_(), ws.requires_grad_()]
+            inputs = (xs.requires_grad_(), ws.requires_grad_())
             return torch.autograd.grad(locally_connected_by_unfolding(*inputs, None, *arguments), inputs, dys)
 
         expected, magnitude = gradients(False), gradients(True)

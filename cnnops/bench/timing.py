@@ -73,25 +73,27 @@ def in_turn(
     return Times.of(samples[0]), Times.of(samples[1]), ratio
 
 
+def _best(call: Callable[[], Any], at_least: float = 0.5) -> float:
+    """The shortest time of a call among those of this many seconds: a just started process may need a tenth of a second
+    until its threads run on cores of their own."""
+    best, began = math.inf, time.perf_counter()
+    while time.perf_counter() - began < at_least:
+        start = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
 def fma_peak(dtype: torch.dtype, threads: int) -> float:
     """Floating-point operations per second of fused multiply-adds alone, at the instruction-set level in use, in the
     arithmetic of this dtype (float32 for the 16-bit ones)."""
     x = torch.rand(threads, 192, dtype=torch.float64).to(dtype)
     y = torch.empty_like(x)
-    iterations, best = 20_000, math.inf
-    for _ in range(20):
-        start = time.perf_counter()
-        C.peak_fma(y, x, 0.5, 1.0, iterations, threads)
-        best = min(best, time.perf_counter() - start)
-    return 2 * threads * 192 * iterations / best
+    iterations = 200_000
+    return 2 * threads * 192 * iterations / _best(lambda: C.peak_fma(y, x, 0.5, 1.0, iterations, threads))
 
 
-def copy_bandwidth(size: int = 1 << 28) -> float:
+def copy_bandwidth(size: int = 1 << 27) -> float:
     """Bytes read and written per second by ``torch.Tensor.copy_`` from one buffer of ``size`` bytes to another."""
     source, target = torch.ones(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
-    best = math.inf
-    for _ in range(7):
-        start = time.perf_counter()
-        target.copy_(source)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size / best
+    return 2 * size / _best(lambda: target.copy_(source))

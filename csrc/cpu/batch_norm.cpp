@@ -1,7 +1,6 @@
 // Batch normalization in two passes over memory: sums, then elements (one pass in evaluation, where backward makes its sums
 // and dx together). The work is cut as BatchNormPlan says, never by the number of threads; each unit leaves its sums in
-// the workspace and every channel adds its partial sums in the order of the units. The second pass walks the units
-// backwards: what the first read last is what the caches still hold.
+// the workspace and every channel adds its partial sums in the order of the units.
 //
 // Per column (a channel, or one of the pixels of it that share a row) the coefficients m, a, b of z = (x - m) a + b are
 // rounded to the compute type once. m is the mean rounded, and b takes what that lost: x - m is exact where x is close to
@@ -9,6 +8,9 @@
 #include "ops/batch_norm.h"
 
 #include "cpu/simd/activation.h"
+
+// Every lambda below is the body of a loop: a call in its place would send its vectors through memory.
+#define CNNOPS_INLINE __attribute__((always_inline))
 
 namespace cnnops::CNNOPS_ISA {
 namespace {
@@ -121,11 +123,11 @@ template <class T>
 void piece_statistics(const T* x, int64_t n, double* out) {
   using C = compute_t<T>;
   Sum<C> sum;
-  sweep<C>(n, [&](int64_t i, int part, int k) { sum.part[k] += load_n(x + i, part); });
+  sweep<C>(n, [&](int64_t i, int part, int k) CNNOPS_INLINE { sum.part[k] += load_n(x + i, part); });
   const C guess = static_cast<C>(sum.total() / static_cast<double>(n));
   // The guess is good to a few roundings of the sum; the deviations from it also correct it.
   Sum<C> first, second;
-  sweep<C>(n, [&](int64_t i, int part, int k) {
+  sweep<C>(n, [&](int64_t i, int part, int k) CNNOPS_INLINE {
     const vec<C> d = keep_n<C>(load_n(x + i, part) - guess, part);
     first.part[k] += d;
     second.part[k] = fma(d, d, second.part[k]);
@@ -139,23 +141,20 @@ void piece_statistics(const T* x, int64_t n, double* out) {
 // sums.
 template <class C, int kSums, class Function>
 [[gnu::always_inline]] inline void add_rows(const Block& block, C (*sums)[kColumns], const Function& f) {
-  for (int64_t row = 0; row < block.rows; row += 4) {
-    const int rows = static_cast<int>(min64(block.rows - row, 4));
-    for (int64_t j = 0; j < block.columns; j += lanes<C>) {
-      const int part = static_cast<int>(min64(block.columns - j, lanes<C>));
-      vec<C> total[kSums];
-      for (int k = 0; k < kSums; ++k) total[k] = load(sums[k] + j);
-      if (rows == 4) {
-        f(row, j, part, total);
-        f(row + 1, j, part, total);
-        f(row + 2, j, part, total);
-        f(row + 3, j, part, total);
-      } else {
-        for (int r = 0; r < rows; ++r) f(row + r, j, part, total);
-      }
-      for (int k = 0; k < kSums; ++k) store(sums[k] + j, total[k]);
-    }
-  }
+  const auto columns = [&](int64_t row, auto rows, int64_t j, int part) CNNOPS_INLINE {
+    vec<C> total[kSums];
+    for (int k = 0; k < kSums; ++k) total[k] = load(sums[k] + j);
+    for (int r = 0; r < decltype(rows)::value; ++r) f(row + r, j, part, total);
+    for (int k = 0; k < kSums; ++k) store(sums[k] + j, total[k]);
+  };
+  const auto across = [&](int64_t row, auto rows) CNNOPS_INLINE {
+    int64_t j = 0;
+    for (; j + lanes<C> <= block.columns; j += lanes<C>) columns(row, rows, j, lanes<C>);
+    if (j < block.columns) columns(row, rows, j, static_cast<int>(block.columns - j));
+  };
+  int64_t row = 0;
+  for (; row + 4 <= block.rows; row += 4) across(row, std::integral_constant<int, 4>{});
+  for (; row < block.rows; ++row) across(row, std::integral_constant<int, 1>{});
 }
 
 template <class T>
@@ -163,8 +162,8 @@ void block_statistics(const T* x, const BatchNormPlan& plan, int64_t unit, doubl
   using C = compute_t<T>;
   static_assert(kColumns % lanes<float> == 0);
   alignas(64) C guess[1][kColumns] = {}, sums[2][kColumns] = {};
-  for_blocks(plan, unit, [&](const Block& block) {
-    add_rows<C, 1>(block, guess, [&](int64_t row, int64_t j, int part, vec<C>* total) {
+  for_blocks(plan, unit, [&](const Block& block) CNNOPS_INLINE {
+    add_rows<C, 1>(block, guess, [&](int64_t row, int64_t j, int part, vec<C>* total) CNNOPS_INLINE {
       total[0] += load_n(x + block.begin + row * block.stride + j, part);
     });
   });
@@ -174,8 +173,8 @@ void block_statistics(const T* x, const BatchNormPlan& plan, int64_t unit, doubl
     const int64_t count = block_count(plan, row_block, first + j);
     guess[0][j] = count ? guess[0][j] / static_cast<C>(count) : C(0);
   }
-  for_blocks(plan, unit, [&](const Block& block) {
-    add_rows<C, 2>(block, sums, [&](int64_t row, int64_t j, int part, vec<C>* total) {
+  for_blocks(plan, unit, [&](const Block& block) CNNOPS_INLINE {
+    add_rows<C, 2>(block, sums, [&](int64_t row, int64_t j, int part, vec<C>* total) CNNOPS_INLINE {
       const vec<C> d = keep_n<C>(load_n(x + block.begin + row * block.stride + j, part) - load(guess[0] + j), part);
       total[0] += d;
       total[1] = fma(d, d, total[1]);
@@ -207,9 +206,10 @@ void statistics(const BatchNormParams& p, const BatchNormPlan& plan, const Works
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t c = 0; c < p.c; ++c) {
     double sum = 0, squares = 0;
-    for_partials(p, plan, c, [&](int64_t i, int64_t n) { sum += work.sums[2 * i] * static_cast<double>(n); });
+    for_partials(p, plan, c,
+                 [&](int64_t i, int64_t n) CNNOPS_INLINE { sum += work.sums[2 * i] * static_cast<double>(n); });
     const double mean = sum / count;
-    for_partials(p, plan, c, [&](int64_t i, int64_t n) {
+    for_partials(p, plan, c, [&](int64_t i, int64_t n) CNNOPS_INLINE {
       const double d = work.sums[2 * i] - mean;
       squares += work.sums[2 * i + 1] + d * d * static_cast<double>(n);
     });
@@ -248,20 +248,19 @@ void normalize_all(const BatchNormParams& params, const BatchNormPlan& plan, con
   using C = compute_t<T>;
   using V = vec<C>;
 #pragma omp parallel for num_threads(params.threads) schedule(static)
-  for (int64_t back = 0; back < plan.units; ++back) {
-    const int64_t unit = plan.units - 1 - back;
+  for (int64_t unit = 0; unit < plan.units; ++unit) {
     const BatchNormParams p = params;  // a copy that no store can alias
     if (plan.planes) {
       const Block piece = plane_piece(p, plan, unit);
       const V m = broadcast<V>(work.m[piece.column]), a = broadcast<V>(work.a[piece.column]);
       const V b = set1<C>(work.b[piece.column]);
       sweep<C>(piece.columns,
-               [&](int64_t i, int part, int) { normalize<kKind, T>(p, piece.begin + i, part, m, a, b); });
+               [&](int64_t i, int part, int) CNNOPS_INLINE { normalize<kKind, T>(p, piece.begin + i, part, m, a, b); });
     } else {
-      for_blocks(plan, unit, [&](const Block& block) {
+      for_blocks(plan, unit, [&](const Block& block) CNNOPS_INLINE {
         for (int64_t row = 0; row < block.rows; ++row) {
           const int64_t begin = block.begin + row * block.stride;
-          sweep<C>(block.columns, [&](int64_t j, int part, int) {
+          sweep<C>(block.columns, [&](int64_t j, int part, int) CNNOPS_INLINE {
             const int64_t k = block.column + j;
             normalize<kKind, T>(p, begin + j, part, load_n(work.m + k, part), load_n(work.a + k, part),
                                 load_n(work.b + k, part));
@@ -346,15 +345,15 @@ void gradient_sums(const BatchNormParams& params, const BatchNormPlan& plan, con
       const V m = broadcast<V>(work.m[piece.column]), a = broadcast<V>(work.a[piece.column]);
       const V b = set1<C>(work.b[piece.column]);
       Sum<C> sum, dot;
-      sweep<C>(piece.columns, [&](int64_t i, int part, int k) {
+      sweep<C>(piece.columns, [&](int64_t i, int part, int k) CNNOPS_INLINE {
         add_gradient<kKind, T>(p, piece.begin + i, part, m, a, b, sum.part[k], dot.part[k]);
       });
       work.sums[2 * unit] = sum.total();
       work.sums[2 * unit + 1] = dot.total();
     } else {
       alignas(64) C sums[2][kColumns] = {};
-      for_blocks(plan, unit, [&](const Block& block) {
-        add_rows<C, 2>(block, sums, [&](int64_t row, int64_t j, int part, V* total) {
+      for_blocks(plan, unit, [&](const Block& block) CNNOPS_INLINE {
+        add_rows<C, 2>(block, sums, [&](int64_t row, int64_t j, int part, V* total) CNNOPS_INLINE {
           const int64_t k = block.column + j;
           add_gradient<kKind, T>(p, block.begin + row * block.stride + j, part, load_n(work.m + k, part),
                                  load_n(work.a + k, part), load_n(work.b + k, part), total[0], total[1]);
@@ -371,27 +370,26 @@ template <Kind kKind, class T>
 void input_gradient(const BatchNormParams& params, const BatchNormPlan& plan, const Workspace<compute_t<T>>& work) {
   using C = compute_t<T>;
   using V = vec<C>;
-  const auto one = [](const BatchNormParams& p, int64_t i, int part, V m, V a, V b, V s, V t)
-                       __attribute__((always_inline)) {
-                         const V d = load_n(static_cast<const T*>(p.x) + i, part) - m;
-                         const V dz = gradient_of_z<kKind, T>(p, i, part, d, a, b);
-                         store_n(static_cast<T*>(p.dx) + i, fma(dz, a, fma(d, s, t)), part);
-                       };
+  const auto one = [](const BatchNormParams& p, int64_t i, int part, V m, V a, V b, V s, V t) CNNOPS_INLINE {
+    const V d = load_n(static_cast<const T*>(p.x) + i, part) - m;
+    const V dz = gradient_of_z<kKind, T>(p, i, part, d, a, b);
+    store_n(static_cast<T*>(p.dx) + i, fma(dz, a, fma(d, s, t)), part);
+  };
 #pragma omp parallel for num_threads(params.threads) schedule(static)
-  for (int64_t back = 0; back < plan.units; ++back) {
-    const int64_t unit = plan.units - 1 - back;
+  for (int64_t unit = 0; unit < plan.units; ++unit) {
     const BatchNormParams p = params;
     if (plan.planes) {
       const Block piece = plane_piece(p, plan, unit);
       const V m = broadcast<V>(work.m[piece.column]), a = broadcast<V>(work.a[piece.column]);
       const V b = set1<C>(work.b[piece.column]);
       const V s = broadcast<V>(work.s[piece.column]), t = broadcast<V>(work.t[piece.column]);
-      sweep<C>(piece.columns, [&](int64_t i, int part, int) { one(p, piece.begin + i, part, m, a, b, s, t); });
+      sweep<C>(piece.columns,
+               [&](int64_t i, int part, int) CNNOPS_INLINE { one(p, piece.begin + i, part, m, a, b, s, t); });
     } else {
-      for_blocks(plan, unit, [&](const Block& block) {
+      for_blocks(plan, unit, [&](const Block& block) CNNOPS_INLINE {
         for (int64_t row = 0; row < block.rows; ++row) {
           const int64_t begin = block.begin + row * block.stride;
-          sweep<C>(block.columns, [&](int64_t j, int part, int) {
+          sweep<C>(block.columns, [&](int64_t j, int part, int) CNNOPS_INLINE {
             const int64_t k = block.column + j;
             one(p, begin + j, part, load_n(work.m + k, part), load_n(work.a + k, part), load_n(work.b + k, part),
                 load_n(work.s + k, part), load_n(work.t + k, part));
@@ -421,7 +419,8 @@ void backward(const BatchNormParams& p) {
   for (int64_t c = 0; c < p.c; ++c) {
     const Channel k = channel(p, c);
     double sum = 0, dot = 0;
-    for_partials(p, plan, c, [&](int64_t i, int64_t) { sum += work.sums[2 * i], dot += work.sums[2 * i + 1]; });
+    for_partials(p, plan, c,
+                 [&](int64_t i, int64_t) CNNOPS_INLINE { sum += work.sums[2 * i], dot += work.sums[2 * i + 1]; });
     const double lost = k.mean - static_cast<double>(work.m[c]);
     if (lost == lost) dot -= lost * sum;
     if (p.dbias) batch_norm_set(p.dbias, p.affine, c, sum);

@@ -30,7 +30,7 @@ LocallyConnected2dParams validate(const char* op, const Tensor& x, const Tensor&
   p.dilation_h = dilation[0], p.dilation_w = dilation[1];
   CNNOPS_CHECK(p.stride_h > 0 && p.stride_w > 0 && p.dilation_h > 0 && p.dilation_w > 0 && p.pad_h >= 0 && p.pad_w >= 0,
                std::invalid_argument, op, ": stride and dilation must be positive, and padding must not be negative");
-  p.threads = threads;
+  p.threads = threads_for(weight.numel() * max64(p.n, 4), threads);
   return p;
 }
 

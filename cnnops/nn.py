@@ -371,8 +371,8 @@ class BatchNorm2d(torch.nn.BatchNorm2d):
         TypeError or RuntimeError, as PyTorch.
 
     Example:
-        >>> x, shortcut = torch.randn(2, 1, 4, 8, 8)
-        >>> nn.BatchNorm2d(4, activation="relu")(x[None], shortcut[None]).min() >= 0
+        >>> x, shortcut = torch.randn(2, 8, 4, 5, 5)
+        >>> nn.BatchNorm2d(4, activation="relu")(x, shortcut).min() >= 0
         tensor(True)
     """
 

@@ -1,4 +1,4 @@
-"""Arguments for every operator of ``torch.ops.cnnops``, in both layouts, with gradients and with what is optional left out.
+"""Arguments for every operator of ``torch.ops.cnnops``, in both layouts, with gradients, and with options left out.
 
 A new operator gets its entry here: ``tests/test_whole_model.py`` fails for one that has none.
 """
@@ -28,7 +28,9 @@ def samples(*names: str) -> Callable[[Callable[..., Iterator[tuple[Any, ...]]]],
     return register
 
 
-def rand(*shape: int, format: torch.memory_format = torch.contiguous_format, grad: bool = True, dtype: Any = None) -> Tensor:
+def rand(
+    *shape: int, format: torch.memory_format = torch.contiguous_format, grad: bool = True, dtype: Any = None
+) -> Tensor:
     t = torch.randn(shape, dtype=dtype)
     return (t.contiguous(memory_format=format) if t.dim() == 4 else t).requires_grad_(grad)
 
@@ -131,6 +133,8 @@ def _batch_norm_backward() -> Iterator[tuple[Any, ...]]:
             y, mean, var = torch.ops.cnnops.batch_norm_training(
                 *(None if t is None else t.detach() for t in (x, weight, bias, residual)), eps, activation
             )
+            if not training:
+                mean, var = mean.float(), var.float()
             saved = y if residual is not None else None
             wants = [True, weight is not None, bias is not None, residual is not None and bool(activation)]
             yield rand(*x.shape), x, saved, None, mean, var, weight, bias, training, eps, activation, wants

@@ -316,7 +316,7 @@ class AdaptiveAvgPool2d(torch.nn.AdaptiveAvgPool2d):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
             return _leaf(self, input)
-        return CF.adaptive_avg_pool2d(input, self.output_size)  # type: ignore[arg-type]
+        return CF.adaptive_avg_pool2d(input, self.output_size)
 
 
 class AdaptiveMaxPool2d(torch.nn.AdaptiveMaxPool2d):
@@ -341,7 +341,7 @@ class AdaptiveMaxPool2d(torch.nn.AdaptiveMaxPool2d):
     def forward(self, input: Tensor) -> Any:
         if isinstance(input, Proxy):
             return _leaf(self, input)
-        return CF.adaptive_max_pool2d(input, self.output_size, self.return_indices)  # type: ignore[arg-type]
+        return CF.adaptive_max_pool2d(input, self.output_size, self.return_indices)
 
 
 class BatchNorm2d(torch.nn.BatchNorm2d):

@@ -194,7 +194,7 @@ def _why_not_convert(module: torch.nn.Module) -> str | None:
     if getattr(kind, "cls_to_become", None) in _TO_CNNOPS:
         return "lazy: convert again after its first batch"
     layer = next((k for k in _TO_CNNOPS if issubclass(kind, k)), None)
-    return layer and f"a subclass of torch.nn.{layer.__name__}, whose forward may be its own"
+    return f"a subclass of torch.nn.{layer.__name__}, whose forward may be its own" if layer else None
 
 
 def _why_not_revert(module: torch.nn.Module) -> str | None:

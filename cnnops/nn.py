@@ -316,7 +316,7 @@ class AdaptiveAvgPool2d(torch.nn.AdaptiveAvgPool2d):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
             return _leaf(self, input)
-        return CF.adaptive_avg_pool2d(input, self.output_size)  # type: ignore[arg-type]
+        return CF.adaptive_avg_pool2d(input, self.output_size)
 
 
 class AdaptiveMaxPool2d(torch.nn.AdaptiveMaxPool2d):
@@ -341,7 +341,7 @@ class AdaptiveMaxPool2d(torch.nn.AdaptiveMaxPool2d):
     def forward(self, input: Tensor) -> Any:
         if isinstance(input, Proxy):
             return _leaf(self, input)
-        return CF.adaptive_max_pool2d(input, self.output_size, self.return_indices)  # type: ignore[arg-type]
+        return CF.adaptive_max_pool2d(input, self.output_size, self.return_indices)
 
 
 class BatchNorm2d(torch.nn.BatchNorm2d):
@@ -371,8 +371,8 @@ class BatchNorm2d(torch.nn.BatchNorm2d):
         TypeError or RuntimeError, as PyTorch.
 
     Example:
-        >>> x, shortcut = torch.randn(2, 1, 4, 8, 8)
-        >>> nn.BatchNorm2d(4, activation="relu")(x[None], shortcut[None]).min() >= 0
+        >>> x, shortcut = torch.randn(2, 8, 4, 5, 5)
+        >>> nn.BatchNorm2d(4, activation="relu")(x, shortcut).min() >= 0
         tensor(True)
     """
 

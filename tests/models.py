@@ -94,12 +94,14 @@ class UNet(nn.Module):
 MODELS: dict[str, Callable[[], nn.Module]] = {"resnet": ResNet, "depthwise": Depthwise, "unet": UNet}
 
 
-def images(n: int = 3, dtype: torch.dtype = torch.float32, format: torch.memory_format = torch.contiguous_format) -> Tensor:
+def images(
+    n: int = 3, dtype: torch.dtype = torch.float32, format: torch.memory_format = torch.contiguous_format
+) -> Tensor:
     return torch.randn(n, 3, 24, 24, dtype=torch.float64).to(dtype).contiguous(memory_format=format)
 
 
 def step(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """Output, gradient of the input, of the parameters, and the buffers after a training step's forward and backward."""
+    """A training step's output, gradient of the input, gradients of the parameters, and the buffers afterwards."""
     model.zero_grad()
     x = x.detach().requires_grad_()
     y = model(x)
@@ -110,7 +112,7 @@ def step(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]
 
 
 def near(got: object, expected: object, tolerance: float | None = None) -> None:
-    """Equal up to rounding, by the largest magnitude of each tensor: 1e-10 in float64, 300 roundings in narrower types."""
+    """Equal up to rounding, by each tensor's largest magnitude: 1e-10 in float64, 300 roundings in narrower types."""
     if isinstance(expected, dict):
         assert isinstance(got, dict)
         assert got.keys() == expected.keys()

@@ -158,7 +158,7 @@ def test_activation_and_residual(activation: str | None, training: bool) -> None
 
 @pytest.mark.parametrize("layer", [nn.Conv2d, nn.BatchNorm2d])
 def test_unknown_activation(layer: Any) -> None:
-    with pytest.raises(ValueError, match="activation must be None or one of .*'swish'"):
+    with pytest.raises(ValueError, match=r"activation must be None or one of .*'swish'"):
         layer(*[4, 4, 3][: 3 if layer is nn.Conv2d else 1], activation="swish")
 
 

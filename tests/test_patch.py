@@ -307,9 +307,10 @@ def test_odd_calls_end_as_in_torch(call: Callable[[], Any]) -> None:
     try:
         expected = call()
     except Exception as error:
-        with pytest.raises(
-            next(k for k in (TypeError, ValueError, RuntimeError) if isinstance(error, k))
-        ), cnnops.patch_aten():
+        with (
+            pytest.raises(next(k for k in (TypeError, ValueError, RuntimeError) if isinstance(error, k))),
+            cnnops.patch_aten(),
+        ):
             call()
         return
     with cnnops.patch_aten():

@@ -34,7 +34,6 @@ LIBRARY = torch.library.Library("cnnops", "DEF")
 KERNEL_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
-_CPU = torch.device("cpu")
 _POOLED_BYTES = 1 << 16
 # DLPack's type code and width.
 _DLPACK_TYPES = {
@@ -180,7 +179,10 @@ def _plain(args: tuple[Any, ...]) -> bool:
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False
     for a in args:
-        if isinstance(a, Tensor) and (type(a) not in _PLAIN_TYPES or a.device != _CPU or a.is_neg()):
+        if isinstance(a, Tensor) and (type(a) not in _PLAIN_TYPES or not a.is_cpu or a.is_neg()):
+            return False
+        # What a transform saved for backward can outlive it, as a wrapper without data that the dispatcher takes off.
+        if type(a) is Tensor and _functorch.is_functorch_wrapped_tensor(a):
             return False
     return True
 
@@ -223,7 +225,7 @@ def transparent(kind: type) -> bool:
 
 
 def needs_composite(*tensors: Tensor | None) -> bool:
-    """Whether only PyTorch's own ops will do: they carry forward-mode derivatives, and ``torch.jit.trace`` sees them."""
+    """Whether PyTorch's own ops must do it: they carry forward-mode derivatives, and jit.trace records them."""
     if torch.compiler.is_compiling():
         return False
     if torch._C._get_tracing_state() is not None:
@@ -307,5 +309,14 @@ def prod(values: Sequence[int]) -> int:
 
 
 __all__ = [
-    "C", "Operator", "dense", "empty", "memory_format", "needs_composite", "pair", "supported", "threads", "transparent",
-]  # fmt: skip
+    "C",
+    "Operator",
+    "dense",
+    "empty",
+    "memory_format",
+    "needs_composite",
+    "pair",
+    "supported",
+    "threads",
+    "transparent",
+]

@@ -2,7 +2,7 @@
 #   make demo    train a CNN on real digits with cnnops and with plain PyTorch, and a short benchmark
 #   make test    the tests               make test PYTEST="-k conv2d -x"
 #   make lint    ruff, mypy, clang-format         make format   apply what ruff and clang-format want
-#   make bench   every layer suite       make bench BENCH="--suite vgg16 --batch 16"
+#   make bench   every layer suite       make bench BENCH="vgg16 --batch 16"
 #   make wheel   a wheel in dist/        make stub     cnnops/_C.pyi from the built extension
 #   make gpu     the tests on a CUDA device
 #   make clean   remove .venv and every build output
@@ -22,7 +22,7 @@ CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/train_mnist.py --out out
-	$(BIN)/cnnops bench --suite resnet50 --filter layer1 --batch 1
+	$(BIN)/cnnops bench resnet50 --batch 1 --layout nchw --filter "C=64 H=56 W=56 K=64" --filter "^(max_pool2d|batch_norm) C=64 "
 	@cat out/train_mnist.txt
 
 test: $(VENV)/installed

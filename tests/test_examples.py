@@ -61,3 +61,14 @@ def test_mnist_reports_a_broken_promise(mnist: ModuleType) -> None:
         other = mnist.Run("c", torch.nn.Identity(), losses=[loss, 0.5], accuracies=[0.98])
         (promise,) = mnist.broken_promises(good, other)
         assert "losses" in promise
+
+
+def test_summary_command_reads_the_examples_model() -> None:
+    from click.testing import CliRunner
+
+    from cnnops.cli import main
+
+    model = f"{EXAMPLES / 'train_mnist.py'}:small_cnn"
+    result = CliRunner().invoke(main, ["summary", model, "--input", "1,28,28", "--json"])
+    assert result.exit_code == 0, result.output
+    assert '"BatchNorm2d"' in result.output

@@ -60,6 +60,7 @@ def _load(path: str) -> nn.Module:
             assert spec is not None
             assert spec.loader is not None
             module = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = module  # where dataclasses and pickle look their module up
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(place)

@@ -121,7 +121,7 @@ BAD: dict[str, tuple[type[Exception], str, Callable[[], Tensor]]] = {
     "negative padding": (RuntimeError, "padding", lambda: locally_connected2d(X, W, padding=-1)),
     "unknown padding": (RuntimeError, "valid", lambda: locally_connected2d(X, W, padding="SAME")),
     "padding of a float": (TypeError, "padding", lambda: locally_connected2d(X, W, padding=1.5)),
-    "stride of three": (TypeError, "stride", lambda: locally_connected2d(X, W, stride=(1, 1, 1))),
+    "stride of three": (RuntimeError, "stride", lambda: locally_connected2d(X, W, stride=(1, 1, 1))),
     "kernel too large": (RuntimeError, "larger", lambda: locally_connected2d(X[:, :, :2], W)),
     "bias of the wrong length": (RuntimeError, "bias", lambda: locally_connected2d(X, W, torch.ones(3))),
     "bias of the wrong shape": (RuntimeError, "bias", lambda: locally_connected2d(X, W, torch.ones(4, 3, 2))),

@@ -1,10 +1,10 @@
-// Batch normalization in two passes over memory: sums, then elements (one pass in evaluation, where backward makes its sums
-// and dx together). The work is cut as BatchNormPlan says, never by the number of threads; each unit leaves its sums in
-// the workspace and every channel adds its partial sums in the order of the units.
+// Batch normalization in two passes over memory: sums, then elements (one pass in evaluation, where backward makes its
+// sums and dx together). The work is cut as BatchNormPlan says, never by the number of threads; each unit leaves its
+// sums in the workspace and every channel adds its partial sums in the order of the units.
 //
 // Per column (a channel, or one of the pixels of it that share a row) the coefficients m, a, b of z = (x - m) a + b are
-// rounded to the compute type once. m is the mean rounded, and b takes what that lost: x - m is exact where x is close to
-// its mean, so a large mean costs no digits.
+// rounded to the compute type once. m is the mean rounded, and b takes what that lost: x - m is exact where x is close
+// to its mean, so a large mean costs no digits.
 #include "ops/batch_norm.h"
 
 #include "cpu/simd/activation.h"
@@ -17,8 +17,8 @@ namespace {
 
 constexpr int64_t kColumns = BatchNormPlan::kBlockColumns;
 
-// What a unit covers: rows of `columns` elements, `stride` apart, from element `begin` of the image and column `column` of
-// the coefficients. A piece of a plane is one row, all of one column.
+// What a unit covers: rows of `columns` elements, `stride` apart, from element `begin` of the image and column `column`
+// of the coefficients. A piece of a plane is one row, all of one column.
 struct Block {
   int64_t begin, rows, columns, stride, column, partial;
 };
@@ -137,8 +137,8 @@ void piece_statistics(const T* x, int64_t n, double* out) {
   out[1] = second.total() - e * e * static_cast<double>(n);
 }
 
-// Adds rows to `columns` accumulators in memory, four rows at a time; f(row, column, lanes) gives the terms of up to two
-// sums.
+// Adds rows to `columns` accumulators in memory, four rows at a time; f(row, column, lanes) gives the terms of up to
+// two sums.
 template <class C, int kSums, class Function>
 [[gnu::always_inline]] inline void add_rows(const Block& block, C (*sums)[kColumns], const Function& f) {
   const auto columns = [&](int64_t row, auto rows, int64_t j, int part) CNNOPS_INLINE {

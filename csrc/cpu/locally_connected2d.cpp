@@ -1,7 +1,8 @@
-// Locally connected layer: at each output position a small matrix product of its own filters [K, C R S] with the patches
-// of the images below it, which are gathered into rows of the compute type. The filters are read once and decide the
-// time; patches and results stay in L1 and L2. Work is cut by output position (and by channel where positions are few).
-// The input's gradient is made of the patches' gradients, kept for all positions and then added up in a fixed order.
+// Locally connected layer: at each output position a small matrix product of its own filters [K, C R S] with the
+// patches of the images below it, which are gathered into rows of the compute type. The filters are read once and
+// decide the time; patches and results stay in L1 and L2. Work is cut by output position (and by channel where
+// positions are few). The input's gradient is made of the patches' gradients, kept for all positions and then added up
+// in a fixed order.
 #include <omp.h>
 
 #include "ops/locally_connected2d.h"

@@ -2,23 +2,23 @@
 //
 //   z = (x - mean[c]) * invstd[c] * weight[c] + bias[c] + residual,   y = act(z),   invstd = 1 / sqrt(var + eps)
 //
-// In training, mean and var are those of x over n, h, w (var divides by their number M) and are results; in evaluation they
-// are given. A null weight stands for ones, a null bias for zeros, a null residual for zeros.
+// In training, mean and var are those of x over n, h, w (var divides by their number M) and are results; in evaluation
+// they are given. A null weight stands for ones, a null bias for zeros, a null residual for zeros.
 //
 // Backward, with dz = dy * act'(z):
 //   dresidual = dz,   dbias[c] = sum dz,   dweight[c] = sum dz * (x - mean[c]) * invstd[c]
 //   dx = weight * invstd * dz                                                                        in evaluation
 //   dx = weight * invstd * (dz - dbias / M - (x - mean) * invstd * dweight / M)                       in training
-// act'(z) comes from y where `saved_y` is given (of activations with derivative_of_output), else from z, which is computed
-// again from x and the residual exactly as forward did.
+// act'(z) comes from y where `saved_y` is given (of activations with derivative_of_output), else from z, which is
+// computed again from x and the residual exactly as forward did.
 //
 // x, y, residual and their gradients: [N, C, H, W], all in one layout. weight, bias, dweight, dbias: [C] in the dtype
 // `affine`, float32 or that of x. mean, var: [C] in the dtype `statistics`: float64 where training wrote them.
 //
 // Statistics are accurate for any mean and deviation: each block of x is summed twice, first for its mean, then for the
-// deviations from it, in the compute type, at most 128 terms to one partial sum; blocks are combined in float64 in a fixed
-// order. The mean is not rounded to the compute type where it is subtracted. NaN and Inf flow by IEEE arithmetic into all
-// elements of their channel.
+// deviations from it, in the compute type and at least four vectors of partial sums (or rows of at most 128 terms);
+// blocks are combined in float64 in a fixed order. The mean is not rounded to the compute type where it is subtracted. NaN and Inf flow by IEEE arithmetic
+// into all elements of their channel.
 #pragma once
 
 #include "common/activation.h"

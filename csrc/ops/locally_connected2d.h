@@ -5,10 +5,10 @@
 //   dx[n,c,h,w] = sum of w[p,q,k,c,r,s] * dy[n,k,p,q] over all p,q,k,r,s that meet (h, w)
 //   dw[p,q,k,c,r,s] = sum over n of dy[n,k,p,q] * x[n,c,h,w]
 //
-// x, dx: [N, C, H, W]; y, dy: [N, K, P, Q], in the same layout. w, dw: [P, Q, K, C, R, S], contiguous: a position's filters
-// lie together, so that each weight, of which there are R S K times as many as elements of x, comes from memory once. bias:
-// [K, P, Q], or [K] where bias_per_position is false, or null. Sums are in the compute type. Padding at the bottom and the
-// right needs no parameter: it is what P and Q reach beyond H and W.
+// x, dx: [N, C, H, W]; y, dy: [N, K, P, Q], in the same layout. w, dw: [P, Q, K, C, R, S], contiguous: a position's
+// filters lie together, so that each weight, of which there are R S K times as many as elements of x, comes from memory
+// once. bias: [K, P, Q], or [K] where bias_per_position is false, or null. Sums are in the compute type. Padding at the
+// bottom and the right needs no parameter: it is what P and Q reach beyond H and W.
 #pragma once
 
 #include "common/arith.h"

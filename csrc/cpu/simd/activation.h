@@ -10,8 +10,8 @@
 // free; for none and relu a kernel should hoist it with with_activation, or call activate_row on rows in L1.
 //
 // The float functions are this file's own: exponential, logarithm and what derives from them within 2 units in the last
-// place, right at infinities, NaN, zeros and subnormal arguments and results (tests/test_activations.py sweeps them). The
-// double ones and erf call libm lane by lane.
+// place, right at infinities, NaN, zeros and subnormal arguments and results (tests/test_activations.py sweeps them).
+// The double ones and erf call libm lane by lane.
 #pragma once
 
 #include "common/activation.h"
@@ -30,8 +30,8 @@ using i32v = typename VectorOf<int32_t, lanes<float>>::type;
   return as_f32((as_i32(magnitude) & 0x7fffffff) | (as_i32(sign) & INT32_MIN));
 }
 
-// z = n ln 2 + r with |r| <= ln 2 / 2, and expm1(r). Adding 1.5 * 2^23 leaves round(z / ln 2) in the low bits of the sum.
-// ln 2 = 355/512 + kLow: n * 355/512 is exact for the n that occur, with or without fused multiply-add.
+// z = n ln 2 + r with |r| <= ln 2 / 2, and expm1(r). Adding 1.5 * 2^23 leaves round(z / ln 2) in the low bits of the
+// sum. ln 2 = 355/512 + kLow: n * 355/512 is exact for the n that occur, with or without fused multiply-add.
 struct Reduced {
   f32v n;        // as a number
   i32v integer;  // the same

@@ -108,10 +108,10 @@ def needs_choice(x: Tensor) -> bool:
 
 
 class PickOperators:
-    """The two operators of a pooling that picks: ``X(x, window) -> y``, and ``X_pick(x, window, narrow) -> (y, choice)``.
+    """The two operators of a pooling that picks: ``X(x, window) -> y`` and ``X_pick(x, window, narrow) -> y, choice``.
 
-    The second is for when a derivative or the indices are wanted; the first can be differentiated too, by picking again in
-    backward.
+    The second is for when a derivative or the indices are wanted; the first can be differentiated too, by picking again
+    in backward.
     """
 
     def __init__(self, name: str, forward: Any) -> None:

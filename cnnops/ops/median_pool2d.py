@@ -21,7 +21,7 @@ def _positions(outputs: int, kernel: int, stride: int, padding: int, dilation: i
 
 
 def _composite(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool) -> Tensor:
-    """The same of PyTorch's own ops, differentiable in every way; it takes the input's memory times the window's cells."""
+    """The same of PyTorch's own ops, differentiable in every way; takes the memory of all windows' cells."""
     if x.dtype is torch.bool or x.is_complex():
         raise NotImplementedError(f"median_pool2d(): not implemented for input of {x.dtype}")
     p, q = output_size("median_pool2d", x, kernel, stride, padding, dilation, ceil_mode)

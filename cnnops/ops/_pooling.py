@@ -67,6 +67,15 @@ def window(
     return kernel, step, pad, apart
 
 
+def takes_over(op: str, input: Any) -> bool:
+    """Whether this is no Tensor but overrides torch functions, so that PyTorch must see it; an error for anything else."""
+    if isinstance(input, Tensor):
+        return False
+    if torch.overrides.has_torch_function((input,)):
+        return True
+    raise TypeError(f"{op}(): argument 'input' must be Tensor, not {type(input).__name__}")
+
+
 def check_bool(value: Any, name: str, op: str) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{op}(): argument '{name}' must be bool, but got {value!r}")
@@ -162,5 +171,6 @@ __all__ = [
     "output_size",
     "plane_fits",
     "pool_pair",
+    "takes_over",
     "window",
 ]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._core import C, Operator, dense, empty, memory_format, needs_composite, supported, threads
-from ._pooling import adaptive_images, adaptive_size
+from ._pooling import adaptive_images, adaptive_size, takes_over
 
 
 def _even(x_shape: Sequence[int], y_shape: Sequence[int]) -> list[int] | None:
@@ -111,7 +111,7 @@ def adaptive_avg_pool2d(input: Tensor, output_size: int | Sequence[int | None] |
         >>> adaptive_avg_pool2d(torch.ones(1, 3, 7, 8), (1, 4)).shape
         torch.Size([1, 3, 1, 4])
     """
-    if not isinstance(input, Tensor) or not supported(input) or needs_composite(input):
+    if takes_over("adaptive_avg_pool2d", input) or not supported(input) or needs_composite(input):
         return F.adaptive_avg_pool2d(input, output_size)  # type: ignore[arg-type]
     size = adaptive_size("adaptive_avg_pool2d", input, output_size)
     x = adaptive_images("adaptive_avg_pool2d", input, channels_too=False)

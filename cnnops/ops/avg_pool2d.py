@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._core import C, Operator, dense, empty, memory_format, needs_composite, supported, threads
-from ._pooling import as_images, check_bool, is_int, output_size, window
+from ._pooling import as_images, check_bool, is_int, output_size, takes_over, window
 
 
 def _kernel(
@@ -135,7 +135,7 @@ def avg_pool2d(
         >>> avg_pool2d(torch.ones(1, 3, 8, 8), 2).shape
         torch.Size([1, 3, 4, 4])
     """
-    if not isinstance(input, Tensor) or not supported(input) or needs_composite(input):
+    if takes_over("avg_pool2d", input) or not supported(input) or needs_composite(input):
         return F.avg_pool2d(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
     check_bool(ceil_mode, "ceil_mode", "avg_pool2d")
     check_bool(count_include_pad, "count_include_pad", "avg_pool2d")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._core import C, needs_composite, supported
-from ._pooling import as_images, check_bool, plane_fits, window
+from ._pooling import as_images, check_bool, plane_fits, takes_over, window
 from .index_pool2d import PickOperators
 
 max_pool2d_op = PickOperators("max_pool2d", C.max_pool2d_forward)
@@ -46,7 +46,7 @@ def max_pool2d(
         tensor([[[[ 5.,  7.],
                   [13., 15.]]]])
     """
-    if not isinstance(input, Tensor) or not supported(input) or needs_composite(input):
+    if takes_over("max_pool2d", input) or not supported(input) or needs_composite(input):
         return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
     check_bool(ceil_mode, "ceil_mode", "max_pool2d")
     pairs = window("max_pool2d", kernel_size, stride, padding, dilation)

@@ -6,6 +6,8 @@
 
 namespace cnnops {
 
+void bind_adaptive_avg_pool2d(py::module_&);
+void bind_adaptive_max_pool2d(py::module_&);
 void bind_avg_pool2d(py::module_&);
 void bind_conv2d(py::module_&);
 void bind_memory(py::module_&);
@@ -14,6 +16,7 @@ void bind_batch_norm(py::module_&);
 void bind_locally_connected2d(py::module_&);
 void bind_index_pool2d(py::module_&);
 void bind_max_pool2d(py::module_&);
+void bind_median_pool2d(py::module_&);
 
 namespace {
 
@@ -49,6 +52,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa_limit", [] { return name(isa_limit()); }, "The highest level that kernels are chosen from.");
   m.def("set_isa_limit", &set_isa_limit, "level"_a, "Caps the level; an empty string removes the cap.");
   m.def("omp_max_threads", [] { return omp_get_max_threads(); });
+  bind_adaptive_avg_pool2d(m);
+  bind_adaptive_max_pool2d(m);
   bind_avg_pool2d(m);
   bind_conv2d(m);
   bind_memory(m);
@@ -57,6 +62,7 @@ PYBIND11_MODULE(_C, m) {
   bind_locally_connected2d(m);
   bind_index_pool2d(m);
   bind_max_pool2d(m);
+  bind_median_pool2d(m);
 }
 
 }  // namespace cnnops

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -112,6 +113,39 @@ def _avg_pool2d_backward() -> Iterator[Callable]:
                 yield partial(run, format=format, shape=shape, pool=pool)
 
 
+@problem("adaptive_avg_pool2d", "forward")
+def _adaptive_avg_pool2d_forward() -> Iterator[Callable]:
+    def run(dtype: torch.dtype, row: int, format: str, shape: tuple[int, ...], size: tuple) -> Check:
+        x = randn(*shape, dtype=dtype, format=format)
+        expected = F.adaptive_avg_pool2d(x.double(), size)
+        y = empty(*expected.shape, dtype=dtype, format=format)
+        C.adaptive_avg_pool2d_forward(y, x, threads=2, kernel=row)
+        return Check(y, expected, F.adaptive_avg_pool2d(x.double().abs(), size))
+
+    for format in FORMATS:
+        for shape in ((2, 3, 17, 19), (1, 75, 8, 8), (1, 1, 40, 33)):
+            for size in ((1, 1), (2, 3), (4, 4), (5, 7), (20, 20)):
+                yield partial(run, format=format, shape=shape, size=size)
+
+
+@problem("adaptive_avg_pool2d", "backward")
+def _adaptive_avg_pool2d_backward() -> Iterator[Callable]:
+    def run(dtype: torch.dtype, row: int, format: str, shape: tuple[int, ...], size: tuple) -> Check:
+        x = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+        y = F.adaptive_avg_pool2d(x, size)
+        dy = randn(*y.shape, dtype=dtype, format=format)
+        (expected,) = torch.autograd.grad(y, x, dy.double(), retain_graph=True)
+        (magnitude,) = torch.autograd.grad(y, x, dy.double().abs())
+        dx = empty(*shape, dtype=dtype, format=format)
+        C.adaptive_avg_pool2d_backward(dx, dy, threads=2, kernel=row)
+        return Check(dx, expected, magnitude)
+
+    for format in FORMATS:
+        for shape in ((2, 3, 17, 19), (1, 75, 8, 8), (1, 1, 40, 33)):
+            for size in ((1, 1), (2, 3), (4, 4), (5, 7), (20, 20)):
+                yield partial(run, format=format, shape=shape, size=size)
+
+
 def pool(kernel_size: tuple, stride: tuple, padding: tuple = (0, 0), dilation: tuple = (1, 1)) -> dict:
     return dict(kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation)
 
@@ -126,6 +160,9 @@ PICK_POOLS = (
     pool((8, 8), (8, 8)),
 )
 PICK_SHAPES = ((2, 3, 17, 19), (1, 37, 8, 8), (1, 2, 9, 67))
+
+
+ADAPTIVE_SIZES = ((1, 1), (2, 3), (4, 4), (5, 7), (20, 20))
 
 
 def pick_input(shape: tuple[int, ...], dtype: torch.dtype, format: str) -> Tensor:
@@ -151,7 +188,9 @@ def choice_of(indices: Tensor, mode: str, width: int, pool: dict, format: str) -
     return choice.contiguous(memory_format=FORMATS[format])
 
 
-def run_pick(forward: Callable, x: Tensor, y: Tensor, indices: Tensor, mode: str, pool: dict, format: str, row: int) -> Check:
+def run_pick(
+    forward: Callable, x: Tensor, y: Tensor, indices: Tensor, mode: str, pool: dict, format: str, row: int
+) -> Check:
     """Runs a picking pooling; what came out and what is right are the result and the choice in one."""
     got = empty(*y.shape, dtype=x.dtype, format=format)
     if mode == "none":
@@ -177,6 +216,80 @@ def _max_pool2d_forward() -> Iterator[Callable]:
                     yield partial(run, format=format, shape=shape, pool=pool, mode=mode)
 
 
+@problem("adaptive_max_pool2d", "forward")
+def _adaptive_max_pool2d_forward() -> Iterator[Callable]:
+    def run(dtype: torch.dtype, row: int, format: str, shape: tuple[int, ...], size: tuple) -> Check:
+        x = pick_input(shape, dtype, format)
+        expected, index = F.adaptive_max_pool2d(x.double(), size, return_indices=True)
+        y = empty(*expected.shape, dtype=dtype, format=format)
+        indices = torch.full_like(y, 77, dtype=torch.int64)
+        C.adaptive_max_pool2d_forward(y, indices, x, threads=2, kernel=row)
+        return Check(torch.cat([y.double(), indices.double()]), torch.cat([expected, index.double()]))
+
+    for format in FORMATS:
+        for shape in PICK_SHAPES:
+            for size in ADAPTIVE_SIZES:
+                yield partial(run, format=format, shape=shape, size=size)
+
+
+def median_pool2d(
+    x: Tensor, kernel_size: tuple, stride: tuple, padding: tuple, dilation: tuple
+) -> tuple[Tensor, Tensor]:
+    """Medians and where they are, one window at a time."""
+    sizes = [
+        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
+    ]
+    y = torch.empty(*x.shape[:2], *sizes, dtype=torch.float64)
+    indices = torch.empty(y.shape, dtype=torch.int64)
+    for p, q in product(*map(range, sizes)):
+        rows, columns = (
+            [
+                c
+                for r in range(kernel_size[i])
+                if 0 <= (c := o * stride[i] - padding[i] + r * dilation[i]) < x.shape[2 + i]
+            ]
+            for i, o in ((0, p), (1, q))
+        )
+        cells = x[:, :, rows][:, :, :, columns].flatten(2).numpy()
+        for n, c in product(range(x.shape[0]), range(x.shape[1])):
+            values = cells[n, c].tolist()
+            ordered = sorted(values)
+            at = next((i for i, v in enumerate(values) if v != v), None)
+            if at is None:
+                at = values.index(ordered[(len(values) - 1) // 2])
+            y[n, c, p, q] = values[at]
+            indices[n, c, p, q] = rows[at // len(columns)] * x.shape[3] + columns[at % len(columns)]
+    return y, indices
+
+
+MEDIAN_POOLS = (*PICK_POOLS, pool((5, 5), (2, 2), (2, 2)), pool((1, 1), (1, 1)))
+MEDIAN_LARGE = pool((13, 11), (3, 2), (6, 5))
+
+
+@cache
+def median_case(shape: tuple[int, ...], dtype: torch.dtype, which: int) -> tuple[Tensor, Tensor, Tensor, dict]:
+    """An input, its medians and their indices: worked out once for all rows, since this takes a while."""
+    pool = (*MEDIAN_POOLS, MEDIAN_LARGE)[which]
+    x = pick_input(shape, dtype, "nchw")
+    return x, *median_pool2d(x.double(), **pool), pool
+
+
+@problem("median_pool2d", "forward")
+def _median_pool2d_forward() -> Iterator[Callable]:
+    def run(dtype: torch.dtype, row: int, format: str, shape: tuple[int, ...], which: int, mode: str) -> Check:
+        x, y, indices, pool = median_case(shape, dtype, which)
+        x = x.contiguous(memory_format=FORMATS[format])
+        return run_pick(C.median_pool2d_forward, x, y, indices, mode, pool, format, row)
+
+    for format in FORMATS:
+        for which in range(len(MEDIAN_POOLS)):
+            for shape in ((2, 3, 17, 19), (1, 18, 9, 9)):
+                for mode in ("none", "offsets", "indices"):
+                    yield partial(run, format=format, shape=shape, which=which, mode=mode)
+        for mode in ("none", "offsets", "indices"):
+            yield partial(run, format=format, shape=(1, 2, 17, 19), which=len(MEDIAN_POOLS), mode=mode)
+
+
 def picks() -> Iterator[dict]:
     """The problems of index_pool2d."""
     for format in FORMATS:
@@ -184,11 +297,14 @@ def picks() -> Iterator[dict]:
             for pool in PICK_POOLS:
                 for mode in ("offsets", "indices"):
                     yield dict(format=format, shape=shape, pool=pool, mode=mode)
-            for size in ((1, 1), (2, 3), (4, 4), (5, 7), (20, 20)):
+        for shape in PICK_SHAPES[:2]:
+            for size in ADAPTIVE_SIZES:
                 yield dict(format=format, shape=shape, pool=size, mode="indices")
 
 
-def picked(shape: tuple[int, ...], pool: dict | tuple, mode: str, format: str) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
+def picked(
+    shape: tuple[int, ...], pool: dict | tuple, mode: str, format: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
     """An input, its max pooling (pool: windows, or an adaptive output size), the indices, the choice, the arguments."""
     x = torch.randint(-9, 10, shape).double().requires_grad_()
     if isinstance(pool, dict):
@@ -365,6 +481,8 @@ def _peak_fma() -> Iterator[Callable]:
 
     for threads, iterations in ((1, 0), (1, 1), (2, 5), (3, 8)):
         yield partial(run, threads=threads, iterations=iterations)
+
+
 # ---- Batch normalization ---------------------------------------------------------------------------------------------
 
 BATCH_NORMS = (
@@ -432,9 +550,10 @@ def _batch_norm_forward(training: bool) -> Iterator[Callable]:
         # The mean is exact beside float32; in float64 it has an error of its own.
         mean_size = m.abs() * (1 if dtype == torch.float64 else torch.finfo(torch.float32).eps)
         magnitude = (x - m[:, None, None]).abs() + mean_size[:, None, None]
-        magnitude = magnitude * ((v + 1e-3).rsqrt() * (1 if given["weight"] is None else given["weight"].double()))[
-            :, None, None
-        ]
+        magnitude = (
+            magnitude
+            * ((v + 1e-3).rsqrt() * (1 if given["weight"] is None else given["weight"].double()))[:, None, None]
+        )
         for name in ("bias", "residual"):
             if given[name] is not None:
                 term = given[name].double().abs()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -66,6 +67,15 @@ def window(
     return kernel, step, pad, apart
 
 
+def takes_over(op: str, input: Any) -> bool:
+    """Whether this is no Tensor but overrides torch functions, so that PyTorch must see it; an error for anything else."""
+    if isinstance(input, Tensor):
+        return False
+    if torch.overrides.has_torch_function((input,)):
+        return True
+    raise TypeError(f"{op}(): argument 'input' must be Tensor, not {type(input).__name__}")
+
+
 def check_bool(value: Any, name: str, op: str) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{op}(): argument '{name}' must be bool, but got {value!r}")
@@ -116,4 +126,51 @@ def output_size(
     return sizes[0], sizes[1]
 
 
-__all__ = ["Pair", "as_images", "check_bool", "is_int", "output_size", "plane_fits", "pool_pair", "window"]
+def adaptive_size(op: str, input: Tensor, size: Any) -> list[int]:
+    """P and Q of an adaptive pooling."""
+    own = input.shape[-2:]
+    if is_int(size):
+        sizes: list[Any] = [size, size]
+    elif isinstance(size, Sequence) and not isinstance(size, str):
+        if len(size) >= max(input.dim(), 3):  # what PyTorch's way of filling in None makes of it
+            raise ValueError(f"{op}(): argument 'output_size' must be an int or two ints, but got {size!r}")
+        if len(size) != 2:
+            raise RuntimeError(f"{op}(): argument 'output_size' must be an int or two ints, but got {size!r}")
+        sizes = [o if s is None else s for o, s in zip(own, size, strict=len(own) == 2)]
+    else:
+        sizes = [None, None]
+    if not all(is_int(s) for s in sizes):
+        raise TypeError(f"{op}(): argument 'output_size' must be an int or two ints or None, but got {size!r}")
+    sizes = [s if isinstance(s, torch.SymInt) else operator.index(s) for s in sizes]
+    if min(sizes) < 0:
+        raise RuntimeError(f"{op}(): output_size must not be negative, but got {size!r}")
+    # Also keeps (i + 1) * H, from which windows follow, within 64 bits.
+    if max(sizes) >= 2**31 or sizes[0] * sizes[1] * max(math.prod(input.shape[:-2]), 1) >= 2**59:
+        raise RuntimeError(f"{op}(): output_size {size!r} is too large for input {list(input.shape)}")
+    return sizes
+
+
+def adaptive_images(op: str, input: Tensor, channels_too: bool) -> Tensor:
+    """The input as [N, C, H, W], H and W not empty, nor C where PyTorch says so."""
+    checked = input.shape[1:] if channels_too else input.shape[-2:]
+    if input.dim() not in (3, 4) or 0 in checked:
+        raise RuntimeError(
+            f"{op}(): expected input of shape [N, C, H, W] or [C, H, W] with non-empty {'C, ' * channels_too}H and W, "
+            f"but got {list(input.shape)}"
+        )
+    return input if input.dim() == 4 else input.contiguous().unsqueeze(0)
+
+
+__all__ = [
+    "Pair",
+    "adaptive_images",
+    "adaptive_size",
+    "as_images",
+    "check_bool",
+    "is_int",
+    "output_size",
+    "plane_fits",
+    "pool_pair",
+    "takes_over",
+    "window",
+]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ._core import C, Operator, dense, empty, memory_format, needs_composite, supported, threads
-from ._pooling import as_images, output_size, window
+from ._pooling import as_images, check_bool, is_int, output_size, takes_over, window
 
 
 def _kernel(
@@ -44,10 +45,11 @@ def _fake(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, *ctx.window = inputs
     ctx.size = x.shape[2:]
+    ctx.channels_last = memory_format(x) is torch.channels_last
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    return avg_pool2d_backward(dy, *ctx.size, *ctx.window), *[None] * len(ctx.window)
+    return avg_pool2d_backward(dy, *ctx.size, *ctx.window, ctx.channels_last), *[None] * len(ctx.window)
 
 
 avg_pool2d_op = Operator(
@@ -71,29 +73,31 @@ def _backward_kernel(
     ceil_mode: bool,
     count_include_pad: bool,
     divisor: int,
+    channels_last: bool,
 ) -> Tensor:
-    dx = _backward_fake(dy, h, w, kernel, stride, padding, ceil_mode, count_include_pad, divisor)
+    dx = _backward_fake(dy, h, w, channels_last)
     if dx.numel():
-        dy = dense(dy, memory_format(dy))
+        dy = dense(dy, torch.channels_last if channels_last else torch.contiguous_format)
         C.avg_pool2d_backward(dx, dy, kernel, stride, padding, count_include_pad, divisor, threads())
     return dx
 
 
 def _backward_fake(dy: Tensor, h: int, w: int, *window: Any) -> Tensor:
-    return empty((dy.shape[0], dy.shape[1], h, w), dy, memory_format(dy))
+    format = torch.channels_last if window[-1] else torch.contiguous_format
+    return empty((dy.shape[0], dy.shape[1], h, w), dy, format)
 
 
 def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.window = inputs[3:]
+    ctx.window = inputs[3:-1]
 
 
 def _backward_backward(ctx: Any, ddx: Tensor) -> tuple[Any, ...]:
-    return avg_pool2d_op(ddx, *ctx.window), None, None, *[None] * len(ctx.window)
+    return avg_pool2d_op(ddx, *ctx.window), *[None] * 9
 
 
 avg_pool2d_backward = Operator(
     "avg_pool2d_backward(Tensor dy, SymInt h, SymInt w, int[2] kernel, int[2] stride, int[2] padding, bool ceil_mode, "
-    "bool count_include_pad, int divisor) -> Tensor",
+    "bool count_include_pad, int divisor, bool channels_last) -> Tensor",
     _backward_kernel,
     _backward_fake,
     setup_context=_backward_setup,
@@ -131,11 +135,16 @@ def avg_pool2d(
         >>> avg_pool2d(torch.ones(1, 3, 8, 8), 2).shape
         torch.Size([1, 3, 4, 4])
     """
-    if not supported(input) or needs_composite(input):
+    if takes_over("avg_pool2d", input) or not supported(input) or needs_composite(input):
         return F.avg_pool2d(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+    check_bool(ceil_mode, "ceil_mode", "avg_pool2d")
+    check_bool(count_include_pad, "count_include_pad", "avg_pool2d")
     kernel, step, pad, _ = window("avg_pool2d", kernel_size, stride, padding)
-    if divisor_override is not None and divisor_override == 0:
-        raise RuntimeError("avg_pool2d(): divisor_override must not be zero")
+    if divisor_override is not None:
+        if not is_int(divisor_override):
+            raise TypeError(f"avg_pool2d(): argument 'divisor_override' must be int, but got {divisor_override!r}")
+        if divisor_override == 0:
+            raise RuntimeError("avg_pool2d(): divisor_override must not be zero")
     x = as_images("avg_pool2d", input)
     y = avg_pool2d_op(x, kernel, step, pad, ceil_mode, count_include_pad, divisor_override or 0)
     return y if input.dim() == 4 else y.squeeze(0)

@@ -1,7 +1,7 @@
 """Derivatives of the poolings that pick one element of each window (contract: ``csrc/ops/index_pool2d.h``).
 
-A choice is an image of the output's shape: uint8 offsets ``r * kernel_w + s`` within the window, or PyTorch's int64 indices
-``h * W + w``. ``kernel`` None means adaptive windows.
+A choice is an image of the output's shape: uint8 offsets ``r * kernel_w + s`` within the window, or PyTorch's int64
+indices ``h * W + w``. ``kernel`` None means adaptive windows.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ._core import C, Operator, dense, empty, memory_format, threads
+from ._pooling import output_size
 
 
 def choice_dtype(kernel: tuple[int, int]) -> torch.dtype:
@@ -19,12 +20,22 @@ def choice_dtype(kernel: tuple[int, int]) -> torch.dtype:
     return torch.uint8 if kernel[0] * kernel[1] <= 255 else torch.int64
 
 
-def _kernel(dy: Tensor, choice: Tensor, h: int, w: int, kernel: list[int] | None, stride: list[int],
-            padding: list[int], dilation: list[int]) -> Tensor:
+def _kernel(
+    dy: Tensor,
+    choice: Tensor,
+    h: int,
+    w: int,
+    kernel: list[int] | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Tensor:
     format = memory_format(choice)
     dx = empty((*dy.shape[:2], h, w), dy, format)
     if dy.numel():
-        C.index_pool2d_backward(dx, dense(dy, format), dense(choice, format), kernel, stride, padding, dilation, threads())
+        C.index_pool2d_backward(
+            dx, dense(dy, format), dense(choice, format), kernel, stride, padding, dilation, threads()
+        )
     else:
         dx.zero_()
     return dx
@@ -44,18 +55,25 @@ def _backward(ctx: Any, ddx: Tensor) -> tuple[Any, ...]:
 
 
 index_pool2d_backward = Operator(
-    "index_pool2d_backward(Tensor dy, Tensor choice, SymInt h, SymInt w, int[2]? kernel, int[2] stride, int[2] padding, "
-    "int[2] dilation) -> Tensor",
-    _kernel, _fake, setup_context=_setup, backward=_backward, foldable=(0, 1),
+    "index_pool2d_backward(Tensor dy, Tensor choice, SymInt h, SymInt w, int[2]? kernel, int[2] stride, "
+    "int[2] padding, int[2] dilation) -> Tensor",
+    _kernel,
+    _fake,
+    setup_context=_setup,
+    backward=_backward,
+    foldable=(0, 1),
 )
 
 
-def _gather_kernel(dx: Tensor, choice: Tensor, kernel: list[int] | None, stride: list[int], padding: list[int],
-                   dilation: list[int]) -> Tensor:
+def _gather_kernel(
+    dx: Tensor, choice: Tensor, kernel: list[int] | None, stride: list[int], padding: list[int], dilation: list[int]
+) -> Tensor:
     format = memory_format(choice)
     dy = empty(choice.shape, dx, format)
     if dy.numel():
-        C.index_pool2d_gather(dy, dense(dx, format), dense(choice, format), kernel, stride, padding, dilation, threads())
+        C.index_pool2d_gather(
+            dy, dense(dx, format), dense(choice, format), kernel, stride, padding, dilation, threads()
+        )
     return dy
 
 
@@ -76,7 +94,11 @@ def _gather_backward(ctx: Any, ddy: Tensor) -> tuple[Any, ...]:
 index_pool2d_gather = Operator(
     "index_pool2d_gather(Tensor dx, Tensor choice, int[2]? kernel, int[2] stride, int[2] padding, int[2] dilation) "
     "-> Tensor",
-    _gather_kernel, _gather_fake, setup_context=_gather_setup, backward=_gather_backward, foldable=(0, 1),
+    _gather_kernel,
+    _gather_fake,
+    setup_context=_gather_setup,
+    backward=_gather_backward,
+    foldable=(0, 1),
 )
 
 
@@ -86,12 +108,13 @@ def needs_choice(x: Tensor) -> bool:
 
 
 class PickOperators:
-    """The two operators of a pooling that picks: ``X(x, window..) -> y``, and ``X_pick(x, window.., narrow) -> (y, choice)``
-    for when a derivative or the indices are wanted. ``X`` can be differentiated too, by picking in backward."""
+    """The two operators of a pooling that picks: ``X(x, window) -> y`` and ``X_pick(x, window, narrow) -> y, choice``.
+
+    The second is for when a derivative or the indices are wanted; the first can be differentiated too, by picking again
+    in backward.
+    """
 
     def __init__(self, name: str, forward: Any) -> None:
-        from ._pooling import output_size
-
         def fake(x: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> Tensor:
             size = output_size(name, x, kernel, stride, padding, dilation, ceil_mode)
             return empty((*x.shape[:2], *size), x, memory_format(x))
@@ -120,7 +143,7 @@ class PickOperators:
 
         def pick_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
             y = fake(x, *args[:-1])
-            return y, torch.empty_like(y, dtype=torch.uint8 if args[-1] else torch.int64)
+            return y, empty(y.shape, x, memory_format(x), torch.uint8 if args[-1] else torch.int64)
 
         def pick_kernel(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
             y, choice = pick_fake(x, *args)
@@ -141,7 +164,11 @@ class PickOperators:
 
         self.pick = Operator(
             f"{name}_pick({arguments}, bool narrow) -> (Tensor, Tensor)",
-            pick_kernel, pick_fake, setup_context=pick_setup, backward=pick_backward, foldable=(0,),
+            pick_kernel,
+            pick_fake,
+            setup_context=pick_setup,
+            backward=pick_backward,
+            foldable=(0,),
         )
 
     def __call__(self, x: Tensor, *window: Any) -> Tensor:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._core import C, needs_composite, supported
-from ._pooling import as_images, check_bool, plane_fits, window
+from ._pooling import as_images, check_bool, plane_fits, takes_over, window
 from .index_pool2d import PickOperators
 
 max_pool2d_op = PickOperators("max_pool2d", C.max_pool2d_forward)
@@ -25,15 +25,15 @@ def max_pool2d(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Max pooling, as :func:`torch.nn.functional.max_pool2d`.
 
-    Of equal values the first in row-major order is chosen; a NaN in a window is its maximum, and of several the last is.
+    Of equal values the first in row-major order is chosen; a NaN in a window is its maximum, the last of several.
 
     Args:
         input: ``[N, C, H, W]`` or ``[C, H, W]``.
         kernel_size, stride, padding, dilation: in pixels, an int or a pair (height, width); stride is kernel_size by
             default; padding is at most half the kernel, and is never chosen.
         ceil_mode: round the output size up: windows may run past the padded input, but begin inside of it.
-        return_indices: also return where in the plane each maximum was found, ``h * W + w``, int64 (-1 for a window that
-            a dilation beyond the input leaves without a pixel).
+        return_indices: also return where in the plane each maximum was found, ``h * W + w``, int64 (-1 for a window
+            that a dilation beyond the input leaves without a pixel).
 
     Returns:
         ``[N, C, P, Q]`` (or ``[C, P, Q]``) in the input's memory format, or that and the indices.
@@ -46,7 +46,7 @@ def max_pool2d(
         tensor([[[[ 5.,  7.],
                   [13., 15.]]]])
     """
-    if not isinstance(input, Tensor) or not supported(input) or needs_composite(input):
+    if takes_over("max_pool2d", input) or not supported(input) or needs_composite(input):
         return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
     check_bool(ceil_mode, "ceil_mode", "max_pool2d")
     pairs = window("max_pool2d", kernel_size, stride, padding, dilation)

@@ -165,7 +165,7 @@ void sum_nhwc(T* to, const T* from, const int64_t* at, const compute_t<T>* scale
     for (int64_t k = 0; k < total; ++k) {
       const vec<C> term = load_n(from + at[k] + c, part);
       if constexpr (kScale) {
-        sum = fma(term, set1(scale[k]), sum);
+        sum += term * scale[k];
       } else {
         sum += term;
       }

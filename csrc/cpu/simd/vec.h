@@ -58,12 +58,10 @@ template <class V, class C>
 [[gnu::always_inline]] inline V broadcast(C value) {
   return V{} + value;
 }
-// Exactly `value` in every lane, -0.0 included.
+// Exactly `value` in every lane: x - 0 is x for -0.0 too, which compilers know, so this is one broadcast.
 template <class C>
 [[gnu::always_inline]] inline vec<C> set1(C value) {
-  vec<C> out;
-  for (int i = 0; i < lanes<C>; ++i) out[i] = value;
-  return out;
+  return value - vec<C>{};
 }
 
 [[gnu::always_inline]] inline vec<float> load(const float* p) { return *reinterpret_cast<const vec<float>*>(p); }
@@ -318,6 +316,43 @@ template <class V>
 template <class V>
 [[gnu::always_inline]] inline V fma(V a, V b, V c) {
   return a * b + c;  // contracted (-ffp-contract=fast) where the instruction set has it
+}
+// The smaller and the larger; where either is NaN, either may come out.
+[[gnu::always_inline]] inline vec<float> min_of(vec<float> a, vec<float> b) {
+#if CNNOPS_ISA_avx512
+  return reinterpret_cast<vec<float>>(_mm512_min_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#elif CNNOPS_ISA_avx2
+  return reinterpret_cast<vec<float>>(_mm256_min_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+#else
+  return a < b ? a : b;
+#endif
+}
+[[gnu::always_inline]] inline vec<float> max_of(vec<float> a, vec<float> b) {
+#if CNNOPS_ISA_avx512
+  return reinterpret_cast<vec<float>>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#elif CNNOPS_ISA_avx2
+  return reinterpret_cast<vec<float>>(_mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
+[[gnu::always_inline]] inline vec<double> min_of(vec<double> a, vec<double> b) {
+#if CNNOPS_ISA_avx512
+  return reinterpret_cast<vec<double>>(_mm512_min_pd(reinterpret_cast<__m512d>(a), reinterpret_cast<__m512d>(b)));
+#elif CNNOPS_ISA_avx2
+  return reinterpret_cast<vec<double>>(_mm256_min_pd(reinterpret_cast<__m256d>(a), reinterpret_cast<__m256d>(b)));
+#else
+  return a < b ? a : b;
+#endif
+}
+[[gnu::always_inline]] inline vec<double> max_of(vec<double> a, vec<double> b) {
+#if CNNOPS_ISA_avx512
+  return reinterpret_cast<vec<double>>(_mm512_max_pd(reinterpret_cast<__m512d>(a), reinterpret_cast<__m512d>(b)));
+#elif CNNOPS_ISA_avx2
+  return reinterpret_cast<vec<double>>(_mm256_max_pd(reinterpret_cast<__m256d>(a), reinterpret_cast<__m256d>(b)));
+#else
+  return a > b ? a : b;
+#endif
 }
 // PyTorch's max: NaN in either operand gives NaN; a wins ties.
 template <class V>

@@ -134,8 +134,8 @@ void forward_nchw(const MedianPool2dParams& p) {
     for (int64_t q = 0; q < width; ++q) {
       const int64_t begin = q * v.stride_w - v.pad_w;
       s.base[q] = static_cast<I>(begin);
-      s.columns[q] = static_cast<I>(
-          max64(last_tap(begin, v.kernel_w, v.dilation_w, p.w) - first_tap(begin, v.dilation_w), 0));
+      s.columns[q] =
+          static_cast<I>(max64(last_tap(begin, v.kernel_w, v.dilation_w, p.w) - first_tap(begin, v.dilation_w), 0));
     }
 
 #pragma omp for schedule(static)

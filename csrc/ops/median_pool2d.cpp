@@ -13,7 +13,8 @@ namespace {
 
 void forward(const Tensor& y, const std::optional<Tensor>& choice, const Tensor& x, Pair kernel_size, Pair stride,
              Pair padding, Pair dilation, int threads, int kernel) {
-  const MedianPool2dParams p{pick_params("median_pool2d", y, choice, x, kernel_size, stride, padding, dilation, threads)};
+  const MedianPool2dParams p{
+      pick_params("median_pool2d", y, choice, x, kernel_size, stride, padding, dilation, threads)};
   run(table<MedianPool2dParams>(), "forward", x.dtype, p, kernel);
 }
 

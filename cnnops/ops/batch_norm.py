@@ -264,9 +264,7 @@ def _takes(
     if dtype != input.dtype and not (dtype == torch.float32 and input.dtype in (torch.bfloat16, torch.float16)):
         return False
     channels = input.shape[1]
-    if any(
-        t.dim() != 1 or t.shape[0] != channels or t.dtype != dtype or t.device != input.device for t in vectors
-    ):
+    if any(t.dim() != 1 or t.shape[0] != channels or t.dtype != dtype or t.device != input.device for t in vectors):
         return False
     if any(t is not None and t.requires_grad for t in (running_mean, running_var)):
         return False

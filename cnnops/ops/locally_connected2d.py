@@ -111,9 +111,7 @@ def _weight_kernel(
         return dw.zero_()
     if dw.numel():
         format = memory_format(x)
-        C.locally_connected2d_weight_grad(
-            dw, dense(dy, format), dense(x, format), stride, padding, dilation, threads()
-        )
+        C.locally_connected2d_weight_grad(dw, dense(dy, format), dense(x, format), stride, padding, dilation, threads())
     return dw
 
 

@@ -110,7 +110,7 @@ def conv2d_weight_grad(
     threads: int,
     kernel: int = -1,
 ) -> None: ...
-def empty(like: object, shape: Sequence[int], code: int, bits: int, channels_last: bool) -> object: ...
+def empty(like: object, shape: Sequence[int], code: int, bits: int, channels_last: bool) -> Any: ...
 def index_pool2d_backward(
     dx: Tensor,
     dy: Tensor,
@@ -136,7 +136,18 @@ def index_pool2d_gather(
 def isa_levels() -> list[dict[str, Any]]: ...
 def isa_limit() -> str: ...
 def kernels() -> list[dict[str, Any]]: ...
-def locally_connected2d_backward_input(
+def locally_connected2d_forward(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    threads: int,
+    kernel: int = -1,
+) -> None: ...
+def locally_connected2d_input_grad(
     dx: Tensor,
     dy: Tensor,
     weight: Tensor,
@@ -146,21 +157,10 @@ def locally_connected2d_backward_input(
     threads: int,
     kernel: int = -1,
 ) -> None: ...
-def locally_connected2d_backward_weight(
+def locally_connected2d_weight_grad(
     dw: Tensor,
     dy: Tensor,
     x: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    threads: int,
-    kernel: int = -1,
-) -> None: ...
-def locally_connected2d_forward(
-    y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],

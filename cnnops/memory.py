@@ -14,8 +14,8 @@ from ._lib import C
 
 
 def stats() -> dict[str, int]:
-    """Bytes ``in_use`` and ``peak_in_use`` in blocks of 64 KiB or more, mapped but unused (``cached``), the ``limit`` on
-    that, and how many blocks came from mapped memory (``hits``) and from the system (``misses``)."""
+    """Bytes ``in_use`` and ``peak_in_use`` in blocks of 64 KiB or more, mapped but unused (``cached``), the ``limit``
+    on that, and how many blocks came from mapped memory (``hits``) and from the system (``misses``)."""
     return C.memory_stats()
 
 

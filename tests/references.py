@@ -486,7 +486,7 @@ def _peak_fma() -> Iterator[Callable]:
 # ---- Batch normalization ---------------------------------------------------------------------------------------------
 
 BATCH_NORMS = (
-    # Odd sizes, a plane of several pieces, one pixel, channels that fold into a row with pixels left over, many channels.
+    # Odd sizes, a plane of several pieces, one pixel, channels that fold into a row with pixels left over, many.
     dict(shape=(2, 3, 9, 11), act=None, residual=False, weight=True, affine=None),
     dict(shape=(3, 37, 8, 8), act="relu", residual=False, weight=True, affine=torch.float32),
     dict(shape=(2, 3, 95, 97), act="relu", residual=True, weight=False, affine=None),
@@ -514,7 +514,7 @@ def _batch_norm_inputs(dtype: torch.dtype, case: dict, format: str) -> dict:
 def _batch_norm_oracle(leaves: dict, training: bool, mean: Tensor, var: Tensor, act: str | None) -> Tensor:
     from cnnops.ops import _activation
 
-    # In float64, with sums by halves: torch's own batch_norm adds 1e4 terms one after the other, which shows in float64.
+    # In float64, with sums by halves: torch's own batch_norm adds 1e4 terms one after the other, which shows.
     x = leaves["x"]
     if training:
         mean = x.mean((0, 2, 3))

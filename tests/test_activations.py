@@ -9,9 +9,9 @@ from torch import Tensor
 from cnnops._lib import C
 from cnnops.ops import _activation
 
-# Largest error in units of the last place (leaky_relu has a rounded slope and a rounded product). gelu and hardswish are
-# products and sums that lose digits where the result is small beside what it is made of, in PyTorch as well: they are
-# bounded relative to z instead.
+# Largest error in units of the last place (leaky_relu has a rounded slope and a rounded product). gelu and hardswish
+# are products and sums that lose digits where the result is small beside what it is made of, in PyTorch as well: they
+# are bounded relative to z instead.
 ULPS = {"relu": 0, "relu6": 0, "leaky_relu": 1.1, "elu": 1, "sigmoid": 2.5, "tanh": 2.7, "softplus": 2, "silu": 3}
 
 

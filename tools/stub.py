@@ -27,6 +27,7 @@ TYPES = (
     (r"typing\.Annotated\[(collections\.abc\.Sequence\[.*?\]), \"FixedSize\(\d+\)\"\]", r"\1"),
     (r"collections\.abc\.", ""),
     (r"torch\.Tensor", "Tensor"),
+    (r"-> object$", "-> Any"),
     (r"-> list$", "-> list[dict[str, Any]]"),
     (r"-> dict$", "-> dict[str, Any]"),
     (r"-> tuple$", "-> tuple[Any, ...]"),

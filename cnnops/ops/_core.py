@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch  # type: ignore[attr-defined]
+from torch._C import _functorch
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import register_flop_formula
@@ -284,10 +284,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def pair(value: int | Sequence[int], name: str, op: str) -> tuple[int, int]:
+def pair(value: Any, name: str, op: str) -> tuple[int, int]:
     """An int or a pair of ints as a pair."""
     if isinstance(value, (int, torch.SymInt)):
-        return (value, value)
+        return (value, value)  # type: ignore[return-value]
+    values: tuple[Any, ...]
     try:
         values = (operator.index(value),)  # NumPy's integers, and tensors of one
     except TypeError:
@@ -301,7 +302,7 @@ def pair(value: int | Sequence[int], name: str, op: str) -> tuple[int, int]:
         raise TypeError(f"{op}(): argument '{name}' must be an int or a pair of ints, not {value!r}")
     if len(values) != 2:
         raise RuntimeError(f"{op}(): argument '{name}' must be an int or a pair of ints, but got {values}")
-    return values
+    return values[0], values[1]
 
 
 def prod(values: Sequence[int]) -> int:

@@ -23,6 +23,7 @@ def is_int(value: Any) -> bool:
 
 def pool_pair(value: Any, name: str, op: str) -> Pair:
     """An int or one or two ints as a pair."""
+    values: Any
     if type(value) is int:
         values = (value, value)
     else:

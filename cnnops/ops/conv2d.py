@@ -97,8 +97,8 @@ def _flops(x: Any, weight: Any, *rest: Any, out_shape: Any = None, **_: Any) -> 
 
 
 conv2d_op = Operator(
-    "conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int[2] stride, SymInt[4] padding, int[2] dilation, "
-    "int groups, int activation) -> Tensor",
+    "conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int[2] stride, SymInt[4] padding, "
+    "int[2] dilation, int groups, int activation) -> Tensor",
     _kernel, _fake, setup_context=_setup, backward=_backward, foldable=(0, 3), flops=_flops, autocast=(0, 1, 2, 3),
 )  # fmt: skip
 
@@ -228,7 +228,8 @@ def _bias_grad_backward(ctx: Any, ddb: Tensor) -> Tensor:
 
 conv2d_bias_grad = Operator(
     "conv2d_bias_grad(Tensor dy) -> Tensor",
-    _bias_grad_kernel, lambda dy: dy.new_empty(dy.shape[1]), setup_context=_bias_grad_setup, backward=_bias_grad_backward,
+    _bias_grad_kernel, lambda dy: dy.new_empty(dy.shape[1]),
+    setup_context=_bias_grad_setup, backward=_bias_grad_backward,
 )  # fmt: skip
 
 
@@ -300,9 +301,9 @@ def conv2d(
         weight: the filters, ``[K, C / groups, R, S]``.
         bias: ``[K]``.
         stride, dilation: in pixels, an int or a pair (vertical, horizontal).
-        padding: pixels of zeros on each side, an int or a pair; or ``"valid"``: none; ``"same"``: so many that the output
-            measures ``ceil(input / stride)``, an odd one at the bottom or right (TensorFlow's rule; PyTorch has it for
-            stride 1 only); ``"full"``: ``dilation * (kernel - 1)``, so that every input pixel meets every tap.
+        padding: pixels of zeros on each side, an int or a pair; or ``"valid"``: none; ``"same"``: so many that the
+            output measures ``ceil(input / stride)``, an odd one at the bottom or right (TensorFlow's rule; PyTorch has
+            it for stride 1 only); ``"full"``: ``dilation * (kernel - 1)``, so that every input pixel meets every tap.
         groups: channels fall into this many groups, each with filters of its own; ``groups=C`` is depthwise.
         activation: ``relu``, ``relu6``, ``leaky_relu``, ``elu``, ``sigmoid``, ``tanh``, ``softplus``, ``silu``,
             ``hardswish`` or ``gelu``, with PyTorch's default parameters. Fused where no gradient is recorded.
@@ -332,7 +333,7 @@ def conv2d(
     size = input.shape[-2:]
     pad = resolve("conv2d", padding, size, weight.shape[2:], step, dil)
     x = input if input.dim() == 4 else input.unsqueeze(0)
-    p, q = output_size(*size, *weight.shape[2:], step, pad, dil)
+    p, q = output_size(size[0], size[1], weight.shape[2], weight.shape[3], step, pad, dil)
     if p < 1 or q < 1 or min(size) == 0:
         raise RuntimeError(
             f"conv2d(): the kernel of {tuple(weight.shape[2:])} with dilation {dil} is larger than the padded input: "
@@ -361,7 +362,7 @@ def _composite(
     if isinstance(padding, str) and padding != "valid" and not (padding == "same" and stride == (1, 1)):
         top, bottom, left, right = resolve("conv2d", padding, input.shape[-2:], weight.shape[2:], stride, dilation)
         input, padding = F.pad(input, (left, right, top, bottom)), 0
-    y = F.conv2d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
+    y = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     return _activation.apply(y if residual is None else y + residual, activation)
 
 
@@ -401,7 +402,7 @@ def conv_transpose2d(
     if torch.is_autocast_enabled("cpu"):
         input, weight, bias = _autocast(input, weight, bias)  # type: ignore[assignment]
     if not supported(input, weight, bias) or needs_composite(input, weight, bias):
-        return F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)  # type: ignore
+        return F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
     step, pad, dil = pair(stride, "stride", name), pair(padding, "padding", name), pair(dilation, "dilation", name)
     extra = pair(output_padding, "output_padding", name)
     out_channels = weight.shape[1] * groups if weight.dim() > 1 else 0

@@ -47,8 +47,9 @@ struct BatchNormParams {
 // How the work is cut, from the shape alone.
 //
 // Planes (NCHW): one unit is a piece of one plane. Rows (NHWC, and one-pixel planes): the image is a matrix of rows of
-// `width` columns, where `fold` pixels stand in one row, so that a row fills vectors when C is small; column j belongs to
-// channel j % C. Pixels that do not fill a row make a partial one of `tail` columns. A unit is a block of the matrix.
+// `width` columns, where `fold` pixels stand in one row, so that a row fills vectors when C is small; column j belongs
+// to channel j % C. Pixels that do not fill a row make a partial one of `tail` columns. A unit is a block of the
+// matrix.
 namespace {  // its members must not be shared between instruction sets
 struct BatchNormPlan {
   static constexpr int64_t kPiece = 8192, kBlockRows = 128, kBlockColumns = 512;

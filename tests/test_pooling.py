@@ -34,7 +34,7 @@ SIZES = (1, 3, (2, 4), (None, 3), (20, 30))
 
 
 def median_pool2d_of_torch(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Median pooling by unfolding an input padded with NaN, which nanmedian leaves out: right for inputs without NaN."""
+    """Median pooling of an input without NaN: unfolded from one padded with NaN, which nanmedian leaves out."""
     ceil_mode = kwargs.pop("ceil_mode", False)
     names = ("kernel_size", "stride", "padding", "dilation")
     kernel, stride, pad, dilation = window(

@@ -69,7 +69,7 @@ def window(
 
 
 def takes_over(op: str, input: Any) -> bool:
-    """Whether this is no Tensor but overrides torch functions, so that PyTorch must see it; an error for anything else."""
+    """Whether this is no Tensor but overrides torch functions, as PyTorch must see it; an error for anything else."""
     if isinstance(input, Tensor):
         return False
     if torch.overrides.has_torch_function((input,)):

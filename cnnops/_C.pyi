@@ -14,6 +14,9 @@ __version__: str
 activations: list[str]
 compiler: str
 
+def adaptive_avg_pool2d_backward(dx: Tensor, dy: Tensor, threads: int, kernel: int = -1) -> None: ...
+def adaptive_avg_pool2d_forward(y: Tensor, x: Tensor, threads: int, kernel: int = -1) -> None: ...
+def adaptive_max_pool2d_forward(y: Tensor, indices: Tensor, x: Tensor, threads: int, kernel: int = -1) -> None: ...
 def avg_pool2d_backward(
     dx: Tensor,
     dy: Tensor,
@@ -168,6 +171,17 @@ def locally_connected2d_weight_grad(
     kernel: int = -1,
 ) -> None: ...
 def max_pool2d_forward(
+    y: Tensor,
+    choice: Tensor | None,
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    threads: int,
+    kernel: int = -1,
+) -> None: ...
+def median_pool2d_forward(
     y: Tensor,
     choice: Tensor | None,
     x: Tensor,

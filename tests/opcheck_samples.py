@@ -45,7 +45,21 @@ def _avg_pool2d() -> Iterator[tuple[Any, ...]]:
 @samples("avg_pool2d_backward")
 def _avg_pool2d_backward() -> Iterator[tuple[Any, ...]]:
     for format in FORMATS:
-        yield rand(2, 3, 4, 4, format=format), 7, 8, (3, 2), (2, 2), (1, 0), False, False, 0
+        nhwc = format is torch.channels_last
+        yield rand(2, 3, 4, 4, format=format), 7, 8, (3, 2), (2, 2), (1, 0), False, False, 0, nhwc
+
+
+@samples("adaptive_avg_pool2d", "adaptive_max_pool2d")
+def _adaptive(name: str) -> Iterator[tuple[Any, ...]]:
+    for format in FORMATS:
+        yield rand(2, 3, 7, 8, format=format), (3, 5)
+    yield rand(1, 2, 6, 6, grad=False), (1, 1)
+
+
+@samples("adaptive_avg_pool2d_backward")
+def _adaptive_avg_pool2d_backward() -> Iterator[tuple[Any, ...]]:
+    for format in FORMATS:
+        yield rand(2, 3, 4, 3, format=format), 7, 8, format is torch.channels_last
 
 
 def pools(name: str) -> Iterator[tuple[Any, ...]]:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._core import supported
+
 Pair = tuple[int, int]
 
 # The kernels count in 32 bits along a window and across a plane, and PyTorch takes no larger arguments.
@@ -127,6 +129,23 @@ def output_size(
     return sizes[0], sizes[1]
 
 
+def adaptable(input: Tensor) -> bool:
+    """Whether adaptive pooling is the kernels'; PyTorch answers for other ranks and empty images in ways of its own."""
+    return supported(input) and input.dim() in (3, 4) and 0 not in input.shape[-2:]
+
+
+def adaptive_by_pytorch(op: str, input: Tensor, *args: Any) -> Any:
+    """PyTorch's answer; its error for a wrong shape, where it has one, with the argument's name."""
+    try:
+        return getattr(torch.nn.functional, op)(input, *args)
+    except (RuntimeError, ValueError) as error:
+        if input.dim() in (3, 4):
+            raise
+        raise type(error)(
+            f"{op}(): expected input of shape [N, C, H, W] or [C, H, W], but got {list(input.shape)}"
+        ) from error
+
+
 def adaptive_size(op: str, input: Tensor, size: Any) -> list[int]:
     """P and Q of an adaptive pooling."""
     own = input.shape[-2:]
@@ -145,8 +164,10 @@ def adaptive_size(op: str, input: Tensor, size: Any) -> list[int]:
     sizes = [s if isinstance(s, torch.SymInt) else operator.index(s) for s in sizes]
     if min(sizes) < 0:
         raise RuntimeError(f"{op}(): output_size must not be negative, but got {size!r}")
-    # Also keeps (i + 1) * H, from which windows follow, within 64 bits.
-    if max(sizes) >= 2**31 or sizes[0] * sizes[1] * max(math.prod(input.shape[:-2]), 1) >= 2**59:
+    # Also keeps (i + 1) * H, from which windows follow, within 64 bits. While compiling, a symbolic size must not get a
+    # bound from this.
+    images = 1 if torch.compiler.is_compiling() else max(math.prod(input.shape[:-2]), 1)
+    if max(sizes) >= 2**31 or sizes[0] * sizes[1] * images >= 2**59:
         raise RuntimeError(f"{op}(): output_size {size!r} is too large for input {list(input.shape)}")
     return sizes
 
@@ -164,6 +185,8 @@ def adaptive_images(op: str, input: Tensor, channels_too: bool) -> Tensor:
 
 __all__ = [
     "Pair",
+    "adaptable",
+    "adaptive_by_pytorch",
     "adaptive_images",
     "adaptive_size",
     "as_images",

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ._core import C, Operator, dense, empty, memory_format, needs_composite, supported, threads
-from ._pooling import adaptive_images, adaptive_size, takes_over
+from ._core import C, Operator, dense, empty, memory_format, needs_composite, threads
+from ._pooling import adaptable, adaptive_by_pytorch, adaptive_images, adaptive_size, takes_over
 
 
 def _even(x_shape: Sequence[int], y_shape: Sequence[int]) -> list[int] | None:
@@ -111,8 +110,8 @@ def adaptive_avg_pool2d(input: Tensor, output_size: int | Sequence[int | None] |
         >>> adaptive_avg_pool2d(torch.ones(1, 3, 7, 8), (1, 4)).shape
         torch.Size([1, 3, 1, 4])
     """
-    if takes_over("adaptive_avg_pool2d", input) or not supported(input) or needs_composite(input):
-        return F.adaptive_avg_pool2d(input, output_size)  # type: ignore[arg-type]
+    if takes_over("adaptive_avg_pool2d", input) or not adaptable(input) or needs_composite(input):
+        return adaptive_by_pytorch("adaptive_avg_pool2d", input, output_size)
     size = adaptive_size("adaptive_avg_pool2d", input, output_size)
     x = adaptive_images("adaptive_avg_pool2d", input, channels_too=False)
     y = adaptive_avg_pool2d_op(x, size)

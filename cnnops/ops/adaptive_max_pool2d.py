@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ._core import C, Operator, dense, empty, memory_format, needs_composite, supported, threads
-from ._pooling import adaptive_images, adaptive_size, plane_fits, takes_over
+from ._core import C, Operator, dense, empty, memory_format, needs_composite, threads
+from ._pooling import adaptable, adaptive_by_pytorch, adaptive_images, adaptive_size, plane_fits, takes_over
 from .index_pool2d import index_pool2d_backward
 
 _ADAPTIVE = (None, (1, 1), (0, 0), (1, 1))  # the windows, as index_pool2d takes them
@@ -83,11 +82,11 @@ def adaptive_max_pool2d(
     """
     if (
         takes_over("adaptive_max_pool2d", input)
-        or not supported(input)
+        or not adaptable(input)
         or needs_composite(input)
         or not plane_fits(input)
     ):
-        return F.adaptive_max_pool2d(input, output_size, return_indices)  # type: ignore[arg-type]
+        return adaptive_by_pytorch("adaptive_max_pool2d", input, output_size, return_indices)
     size = adaptive_size("adaptive_max_pool2d", input, output_size)
     x = adaptive_images("adaptive_max_pool2d", input, channels_too=True)
     y, indices = adaptive_max_pool2d_op(x, size)

@@ -30,10 +30,17 @@ QUICK = ("--batch", "2", "--min-time", "0", "--repeats", "2", "--warmup", "1")
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    found = [str(Path(cnnops.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, found)), **environment}
+    # From where the package under test lies: `-m` puts the current folder first, which may be an unbuilt source tree.
+    home = Path(cnnops.__file__).parent.parent
+    variables = {**os.environ, "PYTHONPATH": str(home), **environment}
     return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, env=variables, timeout=120, check=False
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        env=variables,
+        cwd=home,
+        timeout=120,
+        check=False,
     )
 
 

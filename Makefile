@@ -22,7 +22,7 @@ CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/train_mnist.py --out out
-	$(BIN)/cnnops bench resnet50 --batch 1 --layout nchw --filter "C=64 H=56 W=56 K=64" --filter "^(max_pool2d|batch_norm) C=64 "
+	$(BIN)/cnnops bench resnet50 --batch 1 --layout nchw --filter "C=64 H=56 W=56 K=64|^(max_pool2d|batch_norm) C=64 "
 	@cat out/train_mnist.txt
 
 test: $(VENV)/installed

@@ -359,6 +359,8 @@ CONVOLUTIONS = (
     dict(x=(2, 33, 15, 14), k=33, rs=(5, 3), stride=(2, 2), padding=(2, 1), dilation=(1, 2), groups=33),
     dict(x=(1, 6, 9, 40), k=6, rs=(7, 7), stride=(1, 3), padding=(3, 9), dilation=(1, 1), groups=6),
     dict(x=(1, 4, 6, 6), k=8, rs=(3, 3), stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=4),
+    dict(x=(3, 70, 1, 1), k=37, rs=(1, 1), stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1),
+    dict(x=(1, 9, 1, 1), k=130, rs=(1, 1), stride=(2, 1), padding=(0, 0), dilation=(1, 1), groups=1),
     dict(x=(1, 2, 3, 5), k=3, rs=(2, 2), stride=(4, 5), padding=(1, 0), dilation=(1, 1), groups=1),
 )
 

@@ -7,7 +7,7 @@
 // chunk by chunk keeps the rounding error of long reductions near that of one chunk.
 //   NCHW           tile rows = output channels (packed weights), columns = pixels
 //   channels_last  tile rows = pixels, columns = output channels (packed weights)
-// The weights are packed once per call. The last step adds bias and residual and applies the activation.
+// The weights are packed once per call, or by each task where few share them. The last step adds bias and residual and applies the activation.
 //
 // weight_grad: tile rows = (channel, tap) pairs, read from a zero-padded strip of the input by an offset per row, columns =
 // output channels of dy; the reduction runs over pixels. Tasks are blocks of rows times slices of the images; the slices'
@@ -28,6 +28,7 @@ constexpr int64_t kChunk = 128;         // reduction terms between two visits of
 constexpr int64_t kBlockPixels = 192;   // with kChunk: 196 KB of packed float32 pixels
 constexpr int64_t kBlockFilters = 256;  // with kBlockPixels: 196 KB of accumulators
 constexpr int64_t kMinFilters = 64;     // smaller blocks would pack the same pixels too often
+constexpr int64_t kFewBlocks = 2;       // of pixels: too few to pay for packing all weights to memory
 constexpr int64_t kWantedTasks = 16;    // enough to balance a few threads; fixed, so that cuts do not depend on threads
 
 // One group of one lattice: everything the tasks read.
@@ -92,40 +93,38 @@ struct Panels {
   int64_t channels() const { return begin(count); }
 };
 
+// Where a group's weights lie: of output channel m, input channel c, tap t at data[m * stride_m + c * stride_c + t.weight].
 template <class T>
-void pack_weights(const Problem<T>& g, const T* weight, int64_t stride_m, int64_t stride_c, int64_t m0, int64_t width,
+struct Weights {
+  const T* data;
+  int64_t stride_m, stride_c;
+};
+
+// Channels [c0, c1) of a panel that begins at output channel m0.
+template <class T>
+void pack_weights(const Problem<T>& g, const Weights<T>& from, int64_t m0, int64_t width, int64_t c0, int64_t c1,
                   compute_t<T>* packed) {
-  using C = compute_t<T>;
   const bool nchw = g.layout == Layout::nchw;
   const int64_t filled = min64(width, g.out_channels - m0), taps = g.lattice.count;
-  weight += m0 * stride_m;
+  const int64_t stride_m = from.stride_m, stride_c = from.stride_c, channels = c1 - c0, terms = channels * taps;
+  const T* const weight = from.data + m0 * stride_m + c0 * stride_c;
   bool neighbours = true;  // the taps follow each other in memory
   for (int64_t t = 0; t < taps; ++t) neighbours = neighbours && g.taps[t].weight == g.taps[0].weight + t;
-  for (int64_t c0 = 0; c0 < g.in_channels; c0 += g.chunk_channels) {
-    const int64_t c1 = min64(c0 + g.chunk_channels, g.in_channels), channels = c1 - c0, terms = channels * taps;
-    if (filled < width)
-      for (int64_t i = 0; i < terms; ++i) zero_run(packed + i * width + filled, width - filled);
-    if (nchw && neighbours && stride_c == taps) {  // one matrix: PyTorch's contiguous weights, forward
-      transpose(weight + g.taps[0].weight + c0 * stride_c, stride_m, filled, terms, packed, width);
-    } else if (nchw && neighbours) {  // a matrix per channel: the same weights, input_grad
-      for (int64_t c = 0; c < channels; ++c)
-        transpose(weight + g.taps[0].weight + (c0 + c) * stride_c, stride_m, filled, taps, packed + c * taps * width,
-                  width);
-    } else if (!nchw && stride_c == 1) {  // a matrix per tap: channels_last weights, forward
+  if (filled < width)
+    for (int64_t i = 0; i < terms; ++i) zero_run(packed + i * width + filled, width - filled);
+  if (nchw && neighbours && stride_c == taps) {  // one matrix: PyTorch's contiguous weights, forward
+    transpose(weight + g.taps[0].weight, stride_m, filled, terms, packed, width);
+  } else if (nchw && neighbours && stride_m != 1 && taps > 1) {  // a matrix per channel: the same weights, input_grad
+    for (int64_t c = 0; c < channels; ++c)
+      transpose(weight + g.taps[0].weight + c * stride_c, stride_m, filled, taps, packed + c * taps * width, width);
+  } else if (stride_c == 1 && (!nchw || taps == 1)) {  // a matrix per tap: channels_last weights, forward
+    for (int64_t t = 0; t < taps; ++t)
+      transpose(weight + g.taps[t].weight, stride_m, filled, channels, packed + t * channels * width, width);
+  } else {
+    for (int64_t c = 0; c < channels; ++c)
       for (int64_t t = 0; t < taps; ++t)
-        transpose(weight + g.taps[t].weight + c0, stride_m, filled, channels, packed + t * channels * width, width);
-    } else {
-      for (int64_t c = 0; c < channels; ++c)
-        for (int64_t t = 0; t < taps; ++t) {
-          const T* const from = weight + (c0 + c) * stride_c + g.taps[t].weight;
-          C* const to = packed + (nchw ? c * taps + t : t * channels + c) * width;
-          if (stride_m == 1)
-            copy_run(to, from, 1, filled);
-          else
-            for (int64_t i = 0; i < filled; ++i) to[i] = load_scalar(from[i * stride_m]);
-        }
-    }
-    packed += terms * width;
+        copy_run(packed + (nchw ? c * taps + t : t * channels + c) * width, weight + c * stride_c + g.taps[t].weight,
+                 stride_m, filled);
   }
 }
 
@@ -255,10 +254,12 @@ void finish_block(const Problem<T>& g, int64_t begin, int64_t pixels, int64_t m0
 
 // ---- Tasks -----------------------------------------------------------------------------------------------------------
 
-// Computes pixels [begin, begin + pixels) of output channels [m0, m1); m0 begins a panel.
+// Computes pixels [begin, begin + pixels) of these panels of output channels. `weights` are all of the group's, packed, or
+// null: then each chunk is packed here, into `chunk_weights`.
 template <class T>
-void compute_block(const Problem<T>& g, const Panels<compute_t<T>>& panels, const compute_t<T>* weights, int64_t begin,
-                   int64_t pixels, int64_t first_panel, int64_t last_panel, compute_t<T>* packed, compute_t<T>* sums) {
+void compute_block(const Problem<T>& g, const Panels<compute_t<T>>& panels, const Weights<T>& from,
+                   const compute_t<T>* weights, int64_t begin, int64_t pixels, int64_t first_panel, int64_t last_panel,
+                   compute_t<T>* packed, compute_t<T>* sums, compute_t<T>* chunk_weights) {
   using C = compute_t<T>;
   constexpr int64_t kColumns = kTileColumns<C>;
   const bool nchw = g.layout == Layout::nchw;
@@ -282,11 +283,19 @@ void compute_block(const Problem<T>& g, const Panels<compute_t<T>>& panels, cons
   for (int64_t c0 = 0; c0 < g.in_channels; c0 += g.chunk_channels) {
     const int64_t c1 = min64(c0 + g.chunk_channels, g.in_channels), terms = (c1 - c0) * l.count;
     const bool add = c0 > 0;
+    if (!weights)
+      for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+        const int64_t m = panels.begin(panel);
+        pack_weights(g, from, m, panels.width(panel), c0, c1, chunk_weights + (m - m0) * terms);
+      }
+    const auto panel_weights = [&](int64_t m, int64_t width) {
+      return weights ? weights + m * length + c0 * l.count * width : chunk_weights + (m - m0) * terms;
+    };
     if (nchw) {
       pack_pixels_nchw(g, runs, run_count, pixels, c0, c1, packed);
       for (int64_t panel = first_panel; panel < last_panel; ++panel) {
         const int64_t m = panels.begin(panel);
-        const PackedRows<C> rows{weights + m * length + c0 * l.count * kTileRows};
+        const PackedRows<C> rows{panel_weights(m, kTileRows)};
         const int row_count = static_cast<int>(min64(kTileRows, m1 - m));
         for (int64_t at = 0; at < pixels; at += kColumns) {
           const int vecs = static_cast<int>(min64(kTileVecs, ceil_div(pixels - at, lanes<C>)));
@@ -298,14 +307,14 @@ void compute_block(const Problem<T>& g, const Panels<compute_t<T>>& panels, cons
       if (!in_place) pack_pixels_nhwc(g, runs, run_count, c0, c1, packed);
       for (int64_t panel = first_panel; panel < last_panel; ++panel) {
         const int64_t m = panels.begin(panel), width = panels.width(panel);
-        const C* const panel_weights = weights + m * length + c0 * l.count * width;
+        const C* const columns = panel_weights(m, width);
         for (int64_t at = 0; at < pixels; at += kTileRows) {
           PitchedRows<C> rows{packed + at * terms, terms};
           if constexpr (__is_same(T, C)) {
             if (in_place) rows = {in_place + at * g.in.w + c0, g.in.w};
           }
           gemm_tile<C>(static_cast<int>(min64(kTileRows, pixels - at)), static_cast<int>(width / lanes<C>), rows,
-                       panel_weights, width, terms, 1, sums + at * pitch + (m - m0), pitch, add);
+                       columns, width, terms, 1, sums + at * pitch + (m - m0), pitch, add);
         }
       }
     }
@@ -347,7 +356,8 @@ void run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
 
   const Panels<C> panels(p.layout, g.out_channels);
   const int64_t length = g.length(), group_weights = panels.channels() * length;
-  const int64_t stride_m = p.weight_stride[transposed ? 1 : 0], stride_c = p.weight_stride[transposed ? 0 : 1];
+  const Weights<T> all_weights{static_cast<const T*>(p.weight), p.weight_stride[transposed ? 1 : 0],
+                               p.weight_stride[transposed ? 0 : 1]};
   const int64_t group_stride = p.k / p.groups * p.weight_stride[0];
 
   // Blocks: as even as possible, and enough tasks to share out.
@@ -368,22 +378,29 @@ void run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
   }
   filter_blocks = min64(filter_blocks, panels.count);
 
-  Scratch<C> packed_weights(group_weights * p.groups);
+  // Weights that few blocks of pixels share are packed by each task, chunk by chunk, and never leave its cache.
+  const bool pack_all = pixel_blocks > kFewBlocks;
+  Scratch<C> packed_weights(pack_all ? group_weights * p.groups : 0);
   const int64_t pixel_columns = round_up(block_pixels, kTileColumns<C>);
   const int64_t block_channels = ceil_div(panels.count, filter_blocks) * max64(kTileRows, kTileColumns<C>);
   const int64_t packed_size = round_up(pixel_columns * chunk_terms, 64);
-  const int64_t thread_size = packed_size + round_up(pixel_columns * block_channels, 64);
+  const int64_t sums_size = round_up(pixel_columns * block_channels, 64);
+  const int64_t thread_size = packed_size + sums_size + (pack_all ? 0 : round_up(block_channels * chunk_terms, 64));
   const int threads = p.threads;
   Scratch<C> scratch(thread_size * threads);
   const int64_t tasks = pixel_blocks * filter_blocks * p.groups;
 #pragma omp parallel num_threads(threads)
   {
-    if (length > 0) {
+    if (length > 0 && pack_all) {
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < p.groups * panels.count; ++i) {
         const int64_t group = i / panels.count, panel = i % panels.count, m0 = panels.begin(panel);
-        pack_weights(g, static_cast<const T*>(p.weight) + group * group_stride, stride_m, stride_c, m0,
-                     panels.width(panel), packed_weights.data + group * group_weights + m0 * length);
+        const int64_t width = panels.width(panel);
+        Weights<T> from = all_weights;
+        from.data += group * group_stride;
+        C* const to = packed_weights.data + group * group_weights + m0 * length;
+        for (int64_t c0 = 0; c0 < g.in_channels; c0 += g.chunk_channels)
+          pack_weights(g, from, m0, width, c0, min64(c0 + g.chunk_channels, g.in_channels), to + c0 * count * width);
       }
     }
     C* const packed = scratch.data + omp_get_thread_num() * thread_size;
@@ -397,9 +414,12 @@ void run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
       mine.output = static_cast<T*>(transposed ? p.x : p.y) + first_channel * g.out.c;
       mine.residual = p.residual ? static_cast<const T*>(p.residual) + first_channel * g.out.c : nullptr;
       mine.bias = p.bias ? static_cast<const T*>(p.bias) + first_channel : nullptr;
-      compute_block(mine, panels, packed_weights.data + group * group_weights, begin,
+      Weights<T> from = all_weights;
+      from.data += group * group_stride;
+      compute_block(mine, panels, from, pack_all ? packed_weights.data + group * group_weights : nullptr, begin,
                     min64(block_pixels, pixels - begin), panels.count * filter_block / filter_blocks,
-                    panels.count * (filter_block + 1) / filter_blocks, packed, packed + packed_size);
+                    panels.count * (filter_block + 1) / filter_blocks, packed, packed + packed_size,
+                    packed + packed_size + sums_size);
     }
   }
 }

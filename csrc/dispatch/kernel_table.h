@@ -24,11 +24,13 @@
 #else
 #define CNNOPS_KERNELS_X86(pass, isa, function, accepts)
 #endif
-// A generic kernel at every level, and its reference.
-#define CNNOPS_KERNELS_ALL(pass, function, accepts)   \
+// A kernel at every level; a generic one also has its reference.
+#define CNNOPS_KERNELS_CPU(pass, function, accepts)   \
   CNNOPS_KERNELS_X86(pass, avx512, function, accepts) \
   CNNOPS_KERNELS_X86(pass, avx2, function, accepts)   \
-  CNNOPS_KERNELS(pass, baseline, function, accepts)   \
+  CNNOPS_KERNELS(pass, baseline, function, accepts)
+#define CNNOPS_KERNELS_ALL(pass, function, accepts)  \
+  CNNOPS_KERNELS_CPU(pass, function, accepts)        \
   CNNOPS_KERNELS(pass, reference, function, accepts)
 
 namespace cnnops {

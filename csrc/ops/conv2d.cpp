@@ -7,6 +7,13 @@ namespace {
 
 bool is_depthwise(const Conv2dParams& p) { return p.groups == p.c && p.k == p.c; }
 
+// From some batch size on, packing the weights into tiles pays.
+bool is_single_pixel(const Conv2dParams& p) {
+  constexpr int64_t kMostImages = 8;
+  return p.h == 1 && p.w == 1 && p.p == 1 && p.q == 1 && p.r == 1 && p.s == 1 && p.groups == 1 && p.pad_h == 0 &&
+         p.pad_w == 0 && p.n <= kMostImages && p.weight_stride[0] == p.c && p.weight_stride[1] == 1;
+}
+
 }  // namespace
 
 #define CNNOPS_OP "conv2d"

@@ -18,6 +18,7 @@
 
 #include "cpu/conv2d_lattice.h"
 #include "cpu/micro/gemm_tile.h"
+#include "cpu/micro/panels.h"
 #include "cpu/simd/activation.h"
 #include "cpu/simd/transpose.h"
 
@@ -53,45 +54,10 @@ struct Problem {
   int64_t block_pixels, block_filters;
 };
 
-template <class C>
-[[gnu::always_inline]] inline void zero_run(C* dst, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) dst[i] = 0;
-}
-
-template <class T>
-[[gnu::always_inline]] inline void copy_run(compute_t<T>* dst, const T* src, int64_t step, int64_t n) {
-  using C = compute_t<T>;
-  if (step == 1) {
-    int64_t i = 0;
-    for (; i + lanes<C> <= n; i += lanes<C>) store(dst + i, load(src + i));
-    if (i < n) store_n(dst + i, load_n(src + i, static_cast<int>(n - i)), static_cast<int>(n - i));
-    return;
-  }
-  for (int64_t i = 0; i < n; ++i) dst[i] = load_scalar(src[i * step]);
-}
-
 // ---- Weights ---------------------------------------------------------------------------------------------------------
-// Packed as [panel][chunk][term][width], the terms ordered (channel, tap) for NCHW and (tap, channel) for channels_last, as
-// PyTorch's formats order a filter's weights: panels of kTileRows output channels for NCHW, of up to kTileVecs vectors
-// for channels_last. A panel that begins at channel m lies at m * length; what is past the last channel is zero.
-
-template <class C>
-struct Panels {
-  int64_t count;
-  int64_t vectors;  // channels_last: of all output channels
-  Layout layout;
-
-  Panels(Layout layout, int64_t channels)
-      : count(layout == Layout::nchw ? ceil_div(channels, kTileRows)
-                                     : ceil_div(ceil_div(channels, lanes<C>), kTileVecs)),
-        vectors(ceil_div(channels, lanes<C>)),
-        layout(layout) {}
-  int64_t begin(int64_t panel) const {
-    return layout == Layout::nchw ? panel * kTileRows : panel * vectors / count * lanes<C>;
-  }
-  int64_t width(int64_t panel) const { return begin(panel + 1) - begin(panel); }
-  int64_t channels() const { return begin(count); }
-};
+// Packed as [panel][chunk][term][width] (micro/panels.h), the terms ordered (channel, tap) for NCHW and (tap, channel) for
+// channels_last, as PyTorch's formats order a filter's weights. A panel that begins at channel m lies at m * length; what is
+// past the last channel is zero.
 
 // Where a group's weights lie: of output channel m, input channel c, tap t at data[m * stride_m + c * stride_c + t.weight].
 template <class T>

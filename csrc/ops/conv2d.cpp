@@ -14,6 +14,16 @@ bool is_single_pixel(const Conv2dParams& p) {
          p.pad_w == 0 && p.n <= kMostImages && p.weight_stride[0] == p.c && p.weight_stride[1] == 1;
 }
 
+// Where the transforms of the image and of the result are a small part of the work, and few of the 2 x 2 tiles' pixels lie
+// outside the image.
+bool winograd_pays(const Conv2dParams& p) {
+  constexpr int64_t kLeastChannels = 16;
+  const int64_t computed = (p.h + p.h % 2) * (p.w + p.w % 2);
+  return p.r == 3 && p.s == 3 && p.stride_h == 1 && p.stride_w == 1 && p.dilation_h == 1 && p.dilation_w == 1 &&
+         p.pad_h == 1 && p.pad_w == 1 && p.p == p.h && p.q == p.w && p.c / p.groups >= kLeastChannels &&
+         p.k / p.groups >= kLeastChannels && p.n > 0 && 3 * p.h * p.w >= 2 * computed;
+}
+
 }  // namespace
 
 #define CNNOPS_OP "conv2d"

@@ -2,9 +2,10 @@
 //
 //   c[i][:] (+)= sum over kk < len of a(i, kk) * b[kk][:]          summed over `runs` such runs, a and b moving on between
 //
-// where a is broadcast and b is a panel of contiguous vectors. Three ways to read `a` serve all passes:
+// where a is broadcast and b is a panel of contiguous vectors. Four ways to read `a` serve all passes:
 //   PackedRows    a(i, kk) = base[kk * kStride + i]       weights packed for NCHW outputs
 //   PitchedRows   a(i, kk) = base[i * pitch + kk]         pixels of channels_last images
+//   ColumnRows    a(i, kk) = base[kk * pitch + i]         the same for weight gradients, whose reduction is over pixels
 //   OffsetRows    a(i, kk) = base[offset[i] + kk * step]  (tap, channel) pairs of an image strip, for weight gradients
 //
 // The tile is as large as the registers allow: kTileRows * kTileVecs accumulators, kTileVecs loads of b and one broadcast.
@@ -25,6 +26,8 @@ constexpr int kTileRows = 6, kTileVecs = 2;
 template <class C>
 constexpr int kTileColumns = kTileVecs * lanes<C>;
 
+constexpr int64_t kNeverFlush = int64_t{1} << 62;
+
 template <class C>
 struct PackedRows {
   const C* base;
@@ -39,6 +42,13 @@ struct PitchedRows {
   [[gnu::always_inline]] C at(int i, int64_t kk) const { return base[i * pitch + kk]; }
 };
 template <class C>
+struct ColumnRows {
+  const C* base;
+  int64_t pitch;
+  static constexpr int64_t run = 0;
+  [[gnu::always_inline]] C at(int i, int64_t kk) const { return base[kk * pitch + i]; }
+};
+template <class C>
 struct OffsetRows {
   const C* base;
   const int64_t* offset;
@@ -48,26 +58,50 @@ struct OffsetRows {
 };
 
 // b advances by b_step from one kk to the next, through all runs; c is [kRows][ldc]. Without `add`, c is overwritten.
+// With it, the finished sum is added to c: the rounding error of many such tiles is near that of one. For the same reason
+// sums of more than `flush` terms of a run are put aside, which costs about 2 / flush of the time.
 template <int kRows, int kVecs, class C, class Rows>
-void gemm_tile(Rows a, const C* b, int64_t b_step, int64_t len, int64_t runs, C* c, int64_t ldc, bool add) {
-  vec<C> sum[kRows][kVecs];
-#pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) sum[i][v] = add ? load(c + i * ldc + v * lanes<C>) : vec<C>{};
+void gemm_tile(Rows a, const C* b, int64_t b_step, int64_t len, int64_t runs, C* c, int64_t ldc, bool add,
+               int64_t flush) {
+  vec<C> sum[kRows][kVecs] = {}, aside[kRows][kVecs];
+  bool flushed = false;
   for (int64_t run = 0; run < runs; ++run, a.base += a.run) {
-    for (int64_t kk = 0; kk < len; ++kk, b += b_step) {
-      vec<C> bv[kVecs];
+    for (int64_t begin = 0; begin < len;) {
+      const int64_t end = begin + flush < len ? begin + flush : len;
+      for (int64_t kk = begin; kk < end; ++kk, b += b_step) {
+        vec<C> bv[kVecs];
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) bv[v] = load(b + v * lanes<C>);
+        for (int v = 0; v < kVecs; ++v) bv[v] = load(b + v * lanes<C>);
 #pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i) {
-        const C av = a.at(i, kk);
+        for (int i = 0; i < kRows; ++i) {
+          const C av = a.at(i, kk);
 #pragma GCC unroll 4
-        for (int v = 0; v < kVecs; ++v) sum[i][v] += av * bv[v];
+          for (int v = 0; v < kVecs; ++v) sum[i][v] += av * bv[v];
+        }
       }
+      begin = end;
+      if (begin == len && run == runs - 1) break;
+      if (begin == len && flush >= len) break;
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) {
+          aside[i][v] = flushed ? aside[i][v] + sum[i][v] : sum[i][v];
+          sum[i][v] = vec<C>{};
+        }
+      flushed = true;
     }
   }
+  if (flushed)
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) sum[i][v] += aside[i][v];
+  if (add)
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) sum[i][v] += load(c + i * ldc + v * lanes<C>);
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
@@ -77,9 +111,9 @@ void gemm_tile(Rows a, const C* b, int64_t b_step, int64_t len, int64_t runs, C*
 // The tile for 1 <= rows <= kTileRows and 1 <= vecs <= kTileVecs.
 template <class C, class Rows>
 void gemm_tile(int rows, int vecs, const Rows& a, const C* b, int64_t b_step, int64_t len, int64_t runs, C* c,
-               int64_t ldc, bool add) {
+               int64_t ldc, bool add, int64_t flush = kNeverFlush) {
 #define CNNOPS_TILE(r, v) \
-  case r * 4 + v: return gemm_tile<r, v>(a, b, b_step, len, runs, c, ldc, add);
+  case r * 4 + v: return gemm_tile<r, v>(a, b, b_step, len, runs, c, ldc, add, flush);
 #if CNNOPS_ISA_avx512
 #define CNNOPS_TILES(r) CNNOPS_TILE(r, 1) CNNOPS_TILE(r, 2) CNNOPS_TILE(r, 3)
 #else

@@ -360,6 +360,7 @@ CONVOLUTIONS = (
     dict(x=(1, 6, 9, 40), k=6, rs=(7, 7), stride=(1, 3), padding=(3, 9), dilation=(1, 1), groups=6),
     dict(x=(1, 4, 6, 6), k=8, rs=(3, 3), stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=4),
     dict(x=(1, 17, 23, 40), k=50, rs=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1),
+    dict(x=(7, 33, 11, 13), k=70, rs=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1),
     dict(x=(3, 150, 7, 7), k=40, rs=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1),
     dict(x=(2, 48, 9, 6), k=64, rs=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=2),
     dict(x=(3, 70, 1, 1), k=37, rs=(1, 1), stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1),

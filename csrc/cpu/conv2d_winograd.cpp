@@ -8,24 +8,17 @@
 //   channels_last  V [chunk][16][tile][channel], M [16][tile][filter]: vectors of channels
 // U is computed once per call, or by each task where few share it.
 //
-// weight_grad: tasks are blocks of filters times blocks of input channels times slices of the tile rows. Over kTiles tiles at a
-// time, V [16][tile][channel] and the transformed dy W [16][tile][filter] are computed (NCHW is transposed on the way in) and
-// their 16 products added to Z [16][filter][channel]; the slices' Z are added in order and transformed back.
-//
-// Rounding: sums here are nine times shorter than a direct kernel's, and the transforms cost about as many roundings, so the
-// error is that of a direct kernel as long as what is added in a tile is of one size. Where it is not, the error of a small
-// result would be that of its large neighbours. So the sums of |x| over the channels of each pixel and of |w| over the
-// channels of each tap are taken on the way: where two within a tile (or filter) differ by more than kMostRatio, or one is not
-// finite, or so large or small that a product might leave the range, the direct kernel computes the call again.
+// The sums that tell whether data is fit for it (conv2d_winograd.h) are of |x| over the channels of each pixel, compared within
+// each tile and its neighbours, and of |w| over the channels of each tap, compared within each filter.
 //
 // All cuts depend on shapes alone, so results have the same bits for any number of threads.
 #include <omp.h>
 
 #include "common/arith.h"
 #include "common/scratch.h"
+#include "cpu/conv2d_winograd.h"
 #include "cpu/micro/gemm_tile.h"
 #include "cpu/micro/panels.h"
-#include "cpu/micro/winograd.h"
 #include "cpu/simd/activation.h"
 #include "cpu/simd/transpose.h"
 #include "ops/conv2d.h"
@@ -40,7 +33,6 @@ CNNOPS_DIRECT(f32)
 CNNOPS_DIRECT(bf16)
 CNNOPS_DIRECT(f16)
 #undef CNNOPS_DIRECT
-void conv2d_weight_grad_f32(const Conv2dParams&);
 
 namespace {
 
@@ -50,21 +42,7 @@ constexpr int64_t kFlush = 32;         // terms of a sum in NCHW, where PyTorch'
 constexpr int64_t kBlockFilters = 96;  // with kTiles: 295 KB of M
 constexpr int64_t kWantedTasks = 16;   // enough to balance a few threads; fixed, so that cuts do not depend on threads
 constexpr int64_t kFewBlocks = 2;      // of tiles: too few to pay for writing U to memory
-constexpr int64_t kPad = 16;           // elements between matrices: powers of two apart, they would share cache sets
 constexpr int64_t kPackChannels = 16;
-
-// What the sums of magnitudes must keep for the result to be as good as a direct kernel's.
-constexpr float kMostRatio = 64, kLargest = 1e15f, kSmallest = 1e-15f;
-
-template <class C>
-[[gnu::always_inline]] inline vec<C> abs_of(vec<C> v) {
-  constexpr int_t<C> kMask = static_cast<int_t<C>>(~int_t<C>{0} & ~(int_t<C>{1} << (8 * sizeof(C) - 1)));
-  return reinterpret_cast<vec<C>>(reinterpret_cast<ivec<C>>(v) & kMask);
-}
-
-bool one_size(float smallest, float largest) {
-  return largest == 0 || (largest <= kLargest && smallest >= kSmallest && smallest * kMostRatio >= largest);
-}
 
 // Lanes [first, last) of the vector at p, the others zero; nothing else is touched.
 template <class T>
@@ -244,38 +222,6 @@ void image_to_v_nchw(const Problem<T>& g, const Run* runs, int64_t run_count, co
         }
       }
     v += kFrequencies * step;
-  }
-}
-
-// The 16 pixels of a tile in an image of channels-innermost pixels; what is outside reads `zeros`.
-template <class E>
-void tile_pixels(const E* image, int64_t row_step, int64_t pixel_step, int64_t first_row, int64_t row, int64_t column,
-                 int64_t h, int64_t w, const E* zeros, const E* (&pixel)[16]) {
-  for (int i = 0; i < 4; ++i)
-    for (int j = 0; j < 4; ++j) {
-      const int64_t y = 2 * row - 1 + i, x = 2 * column - 1 + j;
-      pixel[4 * i + j] =
-          y < 0 || y >= h || x < 0 || x >= w ? zeros : image + (y - first_row) * row_step + x * pixel_step;
-    }
-}
-
-// V of one tile: `channels` from c on, to v[f * step + channel], whole vectors. `sums`: of |x| at the four inner pixels.
-template <class E, class C>
-[[gnu::always_inline]] inline void tile_to_v(const E* const (&pixel)[16], int64_t c, int64_t channels, C* v,
-                                             int64_t step, vec<C> (&sums)[4]) {
-  for (int64_t i = 0; i < channels; i += lanes<C>) {
-    vec<C> d[16];
-    if (i + lanes<C> <= channels) {
-#pragma GCC unroll 16
-      for (int j = 0; j < 16; ++j) d[j] = load(pixel[j] + c + i);
-    } else {
-      for (int j = 0; j < 16; ++j) d[j] = load_n(pixel[j] + c + i, static_cast<int>(channels - i));
-    }
-    sums[0] += abs_of<C>(d[5]), sums[1] += abs_of<C>(d[6]);
-    sums[2] += abs_of<C>(d[9]), sums[3] += abs_of<C>(d[10]);
-    transform_image(d);
-#pragma GCC unroll 16
-    for (int f = 0; f < kFrequencies; ++f) store(v + f * step + i, d[f]);
   }
 }
 

@@ -24,6 +24,12 @@ bool winograd_pays(const Conv2dParams& p) {
          p.k / p.groups >= kLeastChannels && p.n > 0 && 3 * p.h * p.w >= 2 * computed;
 }
 
+// Where there are few products to add up, the transforms' roundings would be the larger part of the error.
+bool winograd_weight_grad_pays(const Conv2dParams& p) {
+  constexpr int64_t kLeastTerms = 700;
+  return winograd_pays(p) && p.n * p.p * p.q >= kLeastTerms;
+}
+
 }  // namespace
 
 #define CNNOPS_OP "conv2d"

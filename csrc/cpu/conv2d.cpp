@@ -9,7 +9,7 @@
 //   channels_last  tile rows = pixels, columns = output channels (packed weights)
 // The weights are packed once per call, or by each task where few share them. The last step adds bias and residual and applies the activation.
 //
-// weight_grad: tile rows = (channel, tap) pairs, read from a zero-padded strip of the input by an offset per row, columns =
+// weight_grad: tile rows = terms (channel, tap), read from a zero-padded strip of the input by an offset per row, columns =
 // output channels of dy; the reduction runs over pixels. Tasks are blocks of rows times slices of the images; the slices'
 // partial sums are added in order.
 //
@@ -404,10 +404,11 @@ void input_grad(const Conv2dParams& p) {
 
 // ---- Gradient of the weights -----------------------------------------------------------------------------------------
 
-constexpr int64_t kGradPixels = 256;   // pixels of a chunk, at least one row
+constexpr int64_t kGradPixels = 128;   // pixels of a chunk, at least one row: a panel of dy, 24 KB, stays in L1
 constexpr int64_t kGradChannels = 64;  // input channels of a task
-constexpr int64_t kGradFilters = 192;  // output channels of a task: with the chunk, 196 KB of dy
+constexpr int64_t kGradFilters = 192;  // output channels of a task: with the chunk, 98 KB of dy
 constexpr int64_t kMaxSlices = 32;
+constexpr int64_t kFinishRows = 64, kFinishFilters = 64;  // stored at a time
 
 struct GradPlan {
   int64_t channels, filters;  // per task, at most
@@ -417,6 +418,7 @@ struct GradPlan {
   int64_t strip_rows, strip_columns;
   int64_t terms;         // channels per group * taps
   int64_t filter_pitch;  // of a partial sum: output channels of a group, in whole vectors
+  bool tap_first;        // a block's terms are ordered (tap, channel), as in dw, and not (channel, tap)
 };
 
 template <class C>
@@ -434,6 +436,7 @@ GradPlan plan_weight_grad(const Conv2dParams& p) {
   g.strip_rows = (g.rows - 1) * p.stride_h + (p.r - 1) * p.dilation_h + 1;
   g.strip_columns = (p.q - 1) * p.stride_w + (p.s - 1) * p.dilation_w + 1;
   g.terms = group_c * p.r * p.s;
+  g.tap_first = p.weight_stride[1] == 1;
   const int64_t tasks = g.channel_blocks * g.filter_blocks * p.groups;
   g.slices = min64(min64(ceil_div(kWantedTasks, tasks), g.chunks), kMaxSlices);
   return g;
@@ -493,6 +496,39 @@ void copy_filters(const Conv2dParams& p, int64_t n, int64_t row, int64_t rows, i
     for (int64_t i = 0; i < pixels; ++i) zero_run<C>(out + i * pitch + filters, pitch - filters);
 }
 
+bool neighbours(const int64_t* offset, int64_t count) {
+  for (int64_t i = 1; i < count; ++i)
+    if (offset[i] != offset[0] + i) return false;
+  return true;
+}
+
+// Terms [row, row + rows) of `count` filters of dw: a transposition wherever dw's order of terms is that of the sums.
+template <class T>
+void store_terms(const Conv2dParams& p, const GradPlan& g, int64_t row, int64_t rows, const compute_t<T>* sums,
+                 int64_t count, T* dw) {
+  const int64_t taps = p.r * p.s, block_terms = g.channels * taps;
+  const auto place = [&](int64_t term) {  // of a term in a filter of dw
+    const int64_t c0 = term / block_terms * g.channels, channels = min64(g.channels, g.terms / taps - c0);
+    const int64_t i = term % block_terms;
+    const int64_t c = c0 + (g.tap_first ? i % channels : i / taps), t = g.tap_first ? i / channels : i % taps;
+    return c * p.weight_stride[1] + t / p.s * p.weight_stride[2] + t % p.s * p.weight_stride[3];
+  };
+  for (int64_t first = 0; first < rows;) {
+    const int64_t at = place(row + first);
+    int64_t last = first + 1;
+    while (last < rows && place(row + last) == at + last - first) ++last;
+    const compute_t<T>* const from = sums + first * g.filter_pitch;
+    if constexpr (__is_same(T, compute_t<T>)) {
+      transpose(from, g.filter_pitch, last - first, count, dw + at, p.weight_stride[0]);
+    } else {
+      for (int64_t k = 0; k < count; ++k)
+        for (int64_t i = 0; i < last - first; ++i)
+          store_scalar(dw + at + k * p.weight_stride[0] + i, from[i * g.filter_pitch + k]);
+    }
+    first = last;
+  }
+}
+
 template <class T>
 void weight_grad(const Conv2dParams& p) {
   using C = compute_t<T>;
@@ -509,7 +545,7 @@ void weight_grad(const Conv2dParams& p) {
     return;
   }
   const GradPlan g = plan_weight_grad<C>(p);
-  // Partial sums: [slice][group][(channel, tap)][filter].
+  // Partial sums: [slice][group][term][filter].
   const int64_t group_size = g.terms * g.filter_pitch, slice_size = group_size * p.groups;
   Scratch<C> partial(g.slices * slice_size);
   const int64_t strip_size = round_up(g.strip_rows * g.strip_columns * g.channels, 64);
@@ -538,8 +574,10 @@ void weight_grad(const Conv2dParams& p) {
       const int64_t step_c = nchw ? g.strip_rows * g.strip_columns : 1;
       const int64_t step_w = nchw ? 1 : channels, step_h = g.strip_columns * step_w;
       const int64_t terms = channels * taps;
-      for (int64_t i = 0; i < terms; ++i)
-        offset[i] = i / taps * step_c + i % taps / p.s * p.dilation_h * step_h + i % taps % p.s * p.dilation_w * step_w;
+      for (int64_t i = 0; i < terms; ++i) {
+        const int64_t c = g.tap_first ? i % channels : i / taps, t = g.tap_first ? i / channels : i % taps;
+        offset[i] = c * step_c + t / p.s * p.dilation_h * step_h + t % p.s * p.dilation_w * step_w;
+      }
       C* const sums = partial.data + slice * slice_size + group * group_size + c0 * taps * g.filter_pitch + k0;
       const int64_t first = g.chunks * slice / g.slices, last = g.chunks * (slice + 1) / g.slices;
       for (int64_t chunk = first; chunk < last; ++chunk) {
@@ -550,25 +588,36 @@ void weight_grad(const Conv2dParams& p) {
           const int vecs = static_cast<int>(min64(kTileVecs, (pitch - k) / lanes<C>));
           for (int64_t i = 0; i < terms; i += kTileRows) {
             const int tile_rows = static_cast<int>(min64(kTileRows, terms - i));
-            const OffsetRows<C> pixels{strip, offset + i, p.stride_w * step_w, p.stride_h * step_h};
-            gemm_tile<C>(tile_rows, vecs, pixels, filters + k, pitch, p.q, rows, sums + i * g.filter_pitch + k,
-                         g.filter_pitch, chunk > first);
+            C* const to = sums + i * g.filter_pitch + k;
+            if (neighbours(offset + i, tile_rows))
+              gemm_tile<C>(tile_rows, vecs,
+                           ColumnRows<C>{strip + offset[i], p.stride_w * step_w, p.stride_h * step_h}, filters + k,
+                           pitch, p.q, rows, to, g.filter_pitch, chunk > first);
+            else
+              gemm_tile<C>(tile_rows, vecs,
+                           OffsetRows<C>{strip, offset + i, p.stride_w * step_w, p.stride_h * step_h}, filters + k,
+                           pitch, p.q, rows, to, g.filter_pitch, chunk > first);
           }
         }
       }
     }
-    // The slices, in order.
+    // The slices, in order, and from [term][filter] to dw.
+    const int64_t row_blocks = ceil_div(g.terms, kFinishRows), filter_blocks = ceil_div(group_k, kFinishFilters);
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < p.groups * g.terms; ++i) {
-      const int64_t group = i / g.terms, c = i % g.terms / taps, t = i % taps;
-      const C* const sums = partial.data + i * g.filter_pitch;
-      T* const to = dw + group * group_k * p.weight_stride[0] + c * p.weight_stride[1] + t / p.s * p.weight_stride[2] +
-                    t % p.s * p.weight_stride[3];
-      for (int64_t k = 0; k < group_k; ++k) {
-        C sum = sums[k];
-        for (int64_t slice = 1; slice < g.slices; ++slice) sum += sums[slice * slice_size + k];
-        store_scalar(to + k * p.weight_stride[0], sum);
-      }
+    for (int64_t i = 0; i < p.groups * row_blocks * filter_blocks; ++i) {
+      const int64_t group = i / filter_blocks / row_blocks, row = i / filter_blocks % row_blocks * kFinishRows;
+      const int64_t k0 = i % filter_blocks * kFinishFilters, count = min64(kFinishFilters, group_k - k0);
+      const int64_t rows = min64(kFinishRows, g.terms - row);
+      C* const sums = partial.data + group * group_size + row * g.filter_pitch + k0;
+      for (int64_t slice = 1; slice < g.slices; ++slice)
+        for (int64_t j = 0; j < rows; ++j)
+          for (int64_t k = 0; k < count; k += lanes<C>) {
+            C* const at = sums + j * g.filter_pitch + k;
+            const int part = static_cast<int>(min64(count - k, lanes<C>));
+            store_n(at, load_n(at, part) + load_n(at + slice * slice_size, part), part);
+          }
+      T* const to = dw + (group * group_k + k0) * p.weight_stride[0];
+      store_terms<T>(p, g, row, rows, sums, count, to);
     }
   }
 }

@@ -96,7 +96,7 @@ struct Task {
         const int64_t first = vectors * panel / panels, last = vectors * (panel + 1) / panels;
         for (int64_t k = 0; k < filters; k += kTileRows)
           gemm_tile<C>(static_cast<int>(min64(kTileRows, filters - k)), static_cast<int>(last - first),
-                       ColumnRows<C>{w + f * g.w_step + k, w_pitch}, v + f * g.v_step + first * lanes<C>, g.channels,
+                       ColumnRows<C>{w + f * g.w_step + k, w_pitch, 0}, v + f * g.v_step + first * lanes<C>, g.channels,
                        filled, 1, z + f * g.z_step + k * g.channels + first * lanes<C>, g.channels, add, kFlush);
       }
     filled = 0;

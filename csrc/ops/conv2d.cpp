@@ -14,6 +14,11 @@ bool is_single_pixel(const Conv2dParams& p) {
          p.pad_w == 0 && p.n <= kMostImages && p.weight_stride[0] == p.c && p.weight_stride[1] == 1;
 }
 
+bool is_pointwise(const Conv2dParams& p) {
+  return p.r == 1 && p.s == 1 && p.pad_h == 0 && p.pad_w == 0 && (p.p - 1) * p.stride_h < p.h &&
+         (p.q - 1) * p.stride_w < p.w && p.n * p.p * p.q > 0 && p.c > 0 && p.k > 0;
+}
+
 // Where the transforms of the image and of the result are a small part of the work, and few of the 2 x 2 tiles' pixels lie
 // outside the image.
 bool winograd_pays(const Conv2dParams& p) {

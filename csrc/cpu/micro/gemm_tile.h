@@ -45,7 +45,7 @@ template <class C>
 struct ColumnRows {
   const C* base;
   int64_t pitch;
-  static constexpr int64_t run = 0;
+  int64_t run;  // from one run to the next
   [[gnu::always_inline]] C at(int i, int64_t kk) const { return base[kk * pitch + i]; }
 };
 template <class C>

@@ -20,7 +20,8 @@ namespace {
 
 constexpr int64_t kPixels = 128;                              // with a panel of channels: 24 KB
 constexpr int64_t kFlush = 32;                                // terms of one running sum
-constexpr int64_t kBlockFilters = 128, kBlockChannels = 144;  // of a task: 74 KB of Z
+constexpr int64_t kBlockFilters = 256, kBlockChannels = 288;  // of a task: 295 KB of Z
+constexpr int64_t kLeastFilters = 48;                         // smaller blocks would copy the image too often
 constexpr int64_t kWantedTasks = 16;  // enough to balance a few threads; fixed, so that cuts do not depend on threads
 
 struct Plan {
@@ -37,11 +38,15 @@ Plan plan_of(const Conv2dParams& p) {
   g.channel_blocks = ceil_div(g.group_c, kBlockChannels);
   g.channels = round_up(ceil_div(g.group_c, g.channel_blocks), lanes<C>);
   g.channel_blocks = ceil_div(g.group_c, g.channels);
+  g.rows = p.n * p.p;
+  g.slices = min64(max64(1, p.n * p.p * p.q / (2 * kPixels)), g.rows);
   g.filter_blocks = ceil_div(g.group_k, kBlockFilters);
+  const int64_t others = g.channel_blocks * g.slices * p.groups;
+  while (g.filter_blocks * others < kWantedTasks && ceil_div(g.group_k, g.filter_blocks + 1) >= kLeastFilters)
+    ++g.filter_blocks;
   g.filters = round_up(ceil_div(g.group_k, g.filter_blocks), kTileRows);
   g.filter_blocks = ceil_div(g.group_k, g.filters);
-  g.rows = p.n * p.p;
-  g.slices = min64(ceil_div(kWantedTasks, g.channel_blocks * g.filter_blocks * p.groups), g.rows);
+  g.slices = min64(ceil_div(kWantedTasks, g.channel_blocks * g.filter_blocks * p.groups), g.slices);
   return g;
 }
 

@@ -26,6 +26,8 @@ namespace cnnops::CNNOPS_ISA {
 namespace {
 
 constexpr int64_t kChunk = 128;         // reduction terms between two visits of the accumulators
+constexpr int64_t kFlush = 32;          // terms of a sum in NCHW, where PyTorch's own error is the lower one
+constexpr int64_t kTapChannels = 48;    // channels_last: so many channels of one tap are a chunk that needs no packing
 constexpr int64_t kBlockPixels = 192;   // with kChunk: 196 KB of packed float32 pixels
 constexpr int64_t kBlockFilters = 256;  // with kBlockPixels: 196 KB of accumulators
 constexpr int64_t kMinFilters = 64;     // smaller blocks would pack the same pixels too often
@@ -48,7 +50,8 @@ struct Problem {
   const T* residual;
   Activation activation;
 
-  int64_t chunk_channels;  // channels of a chunk of the reduction
+  int64_t chunk_channels, chunk_taps;  // of a chunk of the reduction
+  const T* zeros;                      // chunk_channels of them
   int64_t length() const { return in_channels * lattice.count; }
   int64_t pixels() const { return images * lattice.rows * lattice.columns; }
   int64_t block_pixels, block_filters;
@@ -151,19 +154,47 @@ template <class T>
 void pack_pixels_nhwc(const Problem<T>& g, const Run* runs, int64_t run_count, int64_t c0, int64_t c1,
                       compute_t<T>* packed) {
   const int64_t channels = c1 - c0, terms = channels * g.lattice.count;
-  for (int64_t r = 0; r < run_count; ++r) {
-    const Run& run = runs[r];
-    for (int64_t t = 0; t < g.lattice.count; ++t) {
-      const Tap& tap = g.taps[t];
+  for (int64_t t = 0; t < g.lattice.count;) {
+    const Tap& tap = g.taps[t];
+    int64_t together = 1;  // taps whose pixels are neighbours in memory, as those of a filter's row are
+    while (channels == g.in.w && t + together < g.lattice.count && g.taps[t + together].dh == tap.dh &&
+           g.taps[t + together].dw == tap.dw + together)
+      ++together;
+    for (int64_t r = 0; r < run_count; ++r) {
+      const Run& run = runs[r];
       const int64_t h = run.i * g.lattice.ish + tap.dh;
+      const T* const row = g.input + run.n * g.in.n + h * g.in.h + c0;
       compute_t<T>* dst = packed + run.dst * terms + t * channels;
       for (int64_t j = 0; j < run.length; ++j, dst += terms) {
         const int64_t w = (run.j + j) * g.lattice.isw + tap.dw;
-        if (h >= 0 && h < g.in_h && w >= 0 && w < g.in_w)
-          copy_run(dst, g.input + run.n * g.in.n + h * g.in.h + w * g.in.w + c0, 1, channels);
-        else
-          zero_run(dst, channels);
+        Range valid = {max64(-w, 0), min64(together, g.in_w - w)};
+        if (h < 0 || h >= g.in_h || valid.first >= valid.last) valid = {0, 0};
+        if (valid.last - valid.first == together) {
+          copy_run(dst, row + w * g.in.w, 1, together * channels);
+          continue;
+        }
+        zero_run(dst, valid.first * channels);
+        copy_run(dst + valid.first * channels, row + (w + valid.first) * g.in.w, 1,
+                 (valid.last - valid.first) * channels);
+        zero_run(dst + valid.last * channels, (together - valid.last) * channels);
       }
+    }
+    t += together;
+  }
+}
+
+// channels_last, one tap: where each pixel of the block lies from `input`; outside the image, where zeros lie.
+template <class T>
+void find_pixels(const Problem<T>& g, const T* input, const Tap& tap, const Run* runs, int64_t run_count,
+                 int64_t* offset) {
+  const int64_t outside =
+      (reinterpret_cast<intptr_t>(g.zeros) - reinterpret_cast<intptr_t>(input)) / static_cast<intptr_t>(sizeof(T));
+  for (int64_t r = 0; r < run_count; ++r) {
+    const Run& run = runs[r];
+    const int64_t h = run.i * g.lattice.ish + tap.dh, row = run.n * g.in.n + h * g.in.h;
+    for (int64_t j = 0; j < run.length; ++j) {
+      const int64_t w = (run.j + j) * g.lattice.isw + tap.dw;
+      offset[run.dst + j] = h >= 0 && h < g.in_h && w >= 0 && w < g.in_w ? row + w * g.in.w : outside;
     }
   }
 }
@@ -234,53 +265,70 @@ void compute_block(const Problem<T>& g, const Panels<compute_t<T>>& panels, cons
   const int64_t length = g.length();
   const int64_t pitch = nchw ? round_up(pixels, kColumns) : panels.begin(last_panel) - m0;
   Run runs[kBlockPixels + kTileColumns<float>];
+  int64_t offset[kBlockPixels + kTileColumns<float>];
   if (length == 0) {
     zero_run(sums, nchw ? (m1 - m0) * pitch : pixels * pitch);
     return finish_block(g, begin, pixels, m0, m1, sums, pitch, runs);
   }
-  // A 1x1 convolution of step 1 in channels_last finds its pixels as the tiles want them.
-  const T* in_place = nullptr;
-  if constexpr (__is_same(T, C)) {
-    if (!nchw && l.count == 1 && l.ish == 1 && l.isw == 1 && g.taps[0].dh == 0 && g.taps[0].dw == 0 &&
-        l.columns == g.in_w && l.rows == g.in_h)
-      in_place = g.input + begin * g.in.w;
-  }
-  const int64_t run_count = in_place ? 0 : find_runs(l.rows, l.columns, begin, pixels, nchw ? kColumns : pixels, runs);
+  // channels_last finds the pixels of one tap as the tiles want them: row by row for a 1x1 convolution of step 1.
+  const bool in_place = __is_same(T, C) && !nchw && g.chunk_taps == 1;
+  const bool in_rows = in_place && l.count == 1 && l.ish == 1 && l.isw == 1 && g.taps[0].dh == 0 &&
+                       g.taps[0].dw == 0 && l.columns == g.in_w && l.rows == g.in_h;
+  const int64_t run_count = find_runs(l.rows, l.columns, begin, pixels, nchw ? kColumns : pixels, runs);
+  bool add = false;
   for (int64_t c0 = 0; c0 < g.in_channels; c0 += g.chunk_channels) {
-    const int64_t c1 = min64(c0 + g.chunk_channels, g.in_channels), terms = (c1 - c0) * l.count;
-    const bool add = c0 > 0;
-    if (!weights)
-      for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-        const int64_t m = panels.begin(panel);
-        pack_weights(g, from, m, panels.width(panel), c0, c1, chunk_weights + (m - m0) * terms);
-      }
-    const auto panel_weights = [&](int64_t m, int64_t width) {
-      return weights ? weights + m * length + c0 * l.count * width : chunk_weights + (m - m0) * terms;
-    };
-    if (nchw) {
-      pack_pixels_nchw(g, runs, run_count, pixels, c0, c1, packed);
-      for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-        const int64_t m = panels.begin(panel);
-        const PackedRows<C> rows{panel_weights(m, kTileRows)};
-        const int row_count = static_cast<int>(min64(kTileRows, m1 - m));
-        for (int64_t at = 0; at < pixels; at += kColumns) {
-          const int vecs = static_cast<int>(min64(kTileVecs, ceil_div(pixels - at, lanes<C>)));
-          gemm_tile<C>(row_count, vecs, rows, packed + at * terms, kColumns, terms, 1, sums + (m - m0) * pitch + at,
-                       pitch, add);
+    const int64_t c1 = min64(c0 + g.chunk_channels, g.in_channels);
+    for (int64_t t0 = 0; t0 < l.count; t0 += g.chunk_taps, add = true) {
+      Problem<T> chunk = g;
+      chunk.taps += t0;
+      chunk.lattice.count = min64(g.chunk_taps, l.count - t0);
+      const int64_t terms = (c1 - c0) * chunk.lattice.count;
+      if (!weights)
+        for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+          const int64_t m = panels.begin(panel);
+          pack_weights(chunk, from, m, panels.width(panel), c0, c1, chunk_weights + (m - m0) * terms);
         }
+      const auto panel_weights = [&](int64_t m, int64_t width) {
+        return weights ? weights + m * length + (c0 * l.count + t0 * (c1 - c0)) * width
+                       : chunk_weights + (m - m0) * terms;
+      };
+      if (nchw) {
+        pack_pixels_nchw(chunk, runs, run_count, pixels, c0, c1, packed);
+        for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+          const int64_t m = panels.begin(panel);
+          const PackedRows<C> rows{panel_weights(m, kTileRows)};
+          const int row_count = static_cast<int>(min64(kTileRows, m1 - m));
+          for (int64_t at = 0; at < pixels; at += kColumns) {
+            const int vecs = static_cast<int>(min64(kTileVecs, ceil_div(pixels - at, lanes<C>)));
+            gemm_tile<C>(row_count, vecs, rows, packed + at * terms, kColumns, terms, 1, sums + (m - m0) * pitch + at,
+                         pitch, add, kFlush);
+          }
+        }
+        continue;
       }
-    } else {
-      if (!in_place) pack_pixels_nhwc(g, runs, run_count, c0, c1, packed);
+      if (!in_place)
+        pack_pixels_nhwc(chunk, runs, run_count, c0, c1, packed);
+      else if (!in_rows)
+        find_pixels(g, g.input + c0, g.taps[t0], runs, run_count, offset);
       for (int64_t panel = first_panel; panel < last_panel; ++panel) {
         const int64_t m = panels.begin(panel), width = panels.width(panel);
         const C* const columns = panel_weights(m, width);
+        const int vecs = static_cast<int>(width / lanes<C>);
         for (int64_t at = 0; at < pixels; at += kTileRows) {
+          const int row_count = static_cast<int>(min64(kTileRows, pixels - at));
+          C* const to = sums + at * pitch + (m - m0);
+          if constexpr (__is_same(T, C)) {
+            if (in_place && !in_rows) {
+              const OffsetRows<C> rows{g.input + c0, offset + at, 1, 0};
+              gemm_tile<C>(row_count, vecs, rows, columns, width, terms, 1, to, pitch, add);
+              continue;
+            }
+          }
           PitchedRows<C> rows{packed + at * terms, terms};
           if constexpr (__is_same(T, C)) {
-            if (in_place) rows = {in_place + at * g.in.w + c0, g.in.w};
+            if (in_rows) rows = {g.input + (begin + at) * g.in.w + c0, g.in.w};
           }
-          gemm_tile<C>(static_cast<int>(min64(kTileRows, pixels - at)), static_cast<int>(width / lanes<C>), rows,
-                       columns, width, terms, 1, sums + at * pitch + (m - m0), pitch, add);
+          gemm_tile<C>(row_count, vecs, rows, columns, width, terms, 1, to, pitch, add);
         }
       }
     }
@@ -316,9 +364,18 @@ void run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
     g.in_h = 1;
   }
   const int64_t count = max64(lattice.count, 1);
-  const int64_t chunks = ceil_div(max64(g.in_channels * count, 1), kChunk);
-  g.chunk_channels = max64(1, ceil_div(g.in_channels, chunks));
-  const int64_t chunk_terms = g.chunk_channels * count;
+  if (p.layout == Layout::nchw) {
+    const int64_t chunks = ceil_div(max64(g.in_channels * count, 1), kChunk);
+    g.chunk_channels = max64(1, ceil_div(g.in_channels, chunks));
+    g.chunk_taps = count;
+  } else {
+    g.chunk_channels = max64(1, ceil_div(g.in_channels, ceil_div(max64(g.in_channels, 1), kChunk)));
+    g.chunk_taps = g.chunk_channels >= kTapChannels ? 1 : min64(count, kChunk / g.chunk_channels);
+  }
+  const int64_t chunk_terms = g.chunk_channels * g.chunk_taps;
+  Scratch<T> zeros(g.chunk_channels);
+  for (int64_t i = 0; i < g.chunk_channels; ++i) store_scalar(zeros.data + i, C{0});
+  g.zeros = zeros.data;
 
   const Panels<C> panels(p.layout, g.out_channels);
   const int64_t length = g.length(), group_weights = panels.channels() * length;

@@ -69,31 +69,52 @@ struct Weights {
   int64_t stride_m, stride_c;
 };
 
-// Channels [c0, c1) of a panel that begins at output channel m0.
-template <class T>
-void pack_weights(const Problem<T>& g, const Weights<T>& from, int64_t m0, int64_t width, int64_t c0, int64_t c1,
-                  compute_t<T>* packed) {
+// Channels [c0, c1) of the panels [first, last); panel i goes to place(i).
+template <class T, class Place>
+void pack_weights(const Problem<T>& g, const Weights<T>& from, const Panels<compute_t<T>>& panels, int64_t first,
+                  int64_t last, int64_t c0, int64_t c1, const Place& place) {
+  using C = compute_t<T>;
   const bool nchw = g.layout == Layout::nchw;
-  const int64_t filled = min64(width, g.out_channels - m0), taps = g.lattice.count;
-  const int64_t stride_m = from.stride_m, stride_c = from.stride_c, channels = c1 - c0, terms = channels * taps;
-  const T* const weight = from.data + m0 * stride_m + c0 * stride_c;
+  const int64_t taps = g.lattice.count, channels = c1 - c0, terms = channels * taps;
+  const int64_t stride_m = from.stride_m, stride_c = from.stride_c;
   bool neighbours = true;  // the taps follow each other in memory
   for (int64_t t = 0; t < taps; ++t) neighbours = neighbours && g.taps[t].weight == g.taps[0].weight + t;
-  if (filled < width)
-    for (int64_t i = 0; i < terms; ++i) zero_run(packed + i * width + filled, width - filled);
-  if (nchw && neighbours && stride_c == taps) {  // one matrix: PyTorch's contiguous weights, forward
-    transpose(weight + g.taps[0].weight, stride_m, filled, terms, packed, width);
-  } else if (nchw && neighbours && stride_m != 1 && taps > 1) {  // a matrix per channel: the same weights, input_grad
+  if (stride_m == 1) {
+    // Panel after panel within a row of weights, not row after row within a panel: rows may lie pages apart.
     for (int64_t c = 0; c < channels; ++c)
-      transpose(weight + g.taps[0].weight + c * stride_c, stride_m, filled, taps, packed + c * taps * width, width);
-  } else if (stride_c == 1 && (!nchw || taps == 1)) {  // a matrix per tap: channels_last weights, forward
-    for (int64_t t = 0; t < taps; ++t)
-      transpose(weight + g.taps[t].weight, stride_m, filled, channels, packed + t * channels * width, width);
-  } else {
-    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t t = 0; t < taps; ++t) {
+        const T* const row = from.data + (c0 + c) * stride_c + g.taps[t].weight;
+        const int64_t term = nchw ? c * taps + t : t * channels + c;
+        for (int64_t panel = first; panel < last; ++panel) {
+          const int64_t m0 = panels.begin(panel), width = panels.width(panel);
+          const int64_t filled = min64(width, g.out_channels - m0);
+          C* const to = place(panel) + term * width;
+          copy_run(to, row + m0, 1, filled);
+          zero_run(to + filled, width - filled);
+        }
+      }
+    return;
+  }
+  for (int64_t panel = first; panel < last; ++panel) {
+    const int64_t m0 = panels.begin(panel), width = panels.width(panel), filled = min64(width, g.out_channels - m0);
+    C* const packed = place(panel);
+    const T* const weight = from.data + m0 * stride_m + c0 * stride_c;
+    if (filled < width)
+      for (int64_t i = 0; i < terms; ++i) zero_run(packed + i * width + filled, width - filled);
+    if (nchw && neighbours && stride_c == taps) {  // one matrix: PyTorch's contiguous weights, forward
+      transpose(weight + g.taps[0].weight, stride_m, filled, terms, packed, width);
+    } else if (nchw && neighbours && taps > 1) {  // a matrix per channel: the same weights, input_grad
+      for (int64_t c = 0; c < channels; ++c)
+        transpose(weight + g.taps[0].weight + c * stride_c, stride_m, filled, taps, packed + c * taps * width, width);
+    } else if (stride_c == 1 && (!nchw || taps == 1)) {  // a matrix per tap: channels_last weights, forward
       for (int64_t t = 0; t < taps; ++t)
-        copy_run(packed + (nchw ? c * taps + t : t * channels + c) * width, weight + c * stride_c + g.taps[t].weight,
-                 stride_m, filled);
+        transpose(weight + g.taps[t].weight, stride_m, filled, channels, packed + t * channels * width, width);
+    } else {
+      for (int64_t c = 0; c < channels; ++c)
+        for (int64_t t = 0; t < taps; ++t)
+          copy_run(packed + (nchw ? c * taps + t : t * channels + c) * width, weight + c * stride_c + g.taps[t].weight,
+                   stride_m, filled);
+    }
   }
 }
 
@@ -284,10 +305,8 @@ void compute_block(const Problem<T>& g, const Panels<compute_t<T>>& panels, cons
       chunk.lattice.count = min64(g.chunk_taps, l.count - t0);
       const int64_t terms = (c1 - c0) * chunk.lattice.count;
       if (!weights)
-        for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-          const int64_t m = panels.begin(panel);
-          pack_weights(chunk, from, m, panels.width(panel), c0, c1, chunk_weights + (m - m0) * terms);
-        }
+        pack_weights(chunk, from, panels, first_panel, last_panel, c0, c1,
+                     [&](int64_t panel) { return chunk_weights + (panels.begin(panel) - m0) * terms; });
       const auto panel_weights = [&](int64_t m, int64_t width) {
         return weights ? weights + m * length + (c0 * l.count + t0 * (c1 - c0)) * width
                        : chunk_weights + (m - m0) * terms;
@@ -410,20 +429,23 @@ void run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
   const int64_t sums_size = round_up(pixel_columns * block_channels, 64);
   const int64_t thread_size = packed_size + sums_size + (pack_all ? 0 : round_up(block_channels * chunk_terms, 64));
   const int threads = p.threads;
+  const int64_t pack_tasks = min64(panels.count, kWantedTasks);
   Scratch<C> scratch(thread_size * threads);
   const int64_t tasks = pixel_blocks * filter_blocks * p.groups;
 #pragma omp parallel num_threads(threads)
   {
     if (length > 0 && pack_all) {
 #pragma omp for schedule(static)
-      for (int64_t i = 0; i < p.groups * panels.count; ++i) {
-        const int64_t group = i / panels.count, panel = i % panels.count, m0 = panels.begin(panel);
-        const int64_t width = panels.width(panel);
+      for (int64_t i = 0; i < p.groups * pack_tasks; ++i) {
+        const int64_t group = i / pack_tasks, share = i % pack_tasks;
         Weights<T> from = all_weights;
         from.data += group * group_stride;
-        C* const to = packed_weights.data + group * group_weights + m0 * length;
         for (int64_t c0 = 0; c0 < g.in_channels; c0 += g.chunk_channels)
-          pack_weights(g, from, m0, width, c0, min64(c0 + g.chunk_channels, g.in_channels), to + c0 * count * width);
+          pack_weights(g, from, panels, panels.count * share / pack_tasks, panels.count * (share + 1) / pack_tasks, c0,
+                       min64(c0 + g.chunk_channels, g.in_channels), [&](int64_t panel) {
+                         return packed_weights.data + group * group_weights + panels.begin(panel) * length +
+                                c0 * count * panels.width(panel);
+                       });
       }
     }
     C* const packed = scratch.data + omp_get_thread_num() * thread_size;

@@ -42,7 +42,19 @@ template <class T>
     if (i < n) store_n(dst + i, load_n(src + i, static_cast<int>(n - i)), static_cast<int>(n - i));
     return;
   }
-  for (int64_t i = 0; i < n; ++i) dst[i] = load_scalar(src[i * step]);
+  int64_t i = 0;
+  if (step == 2) {
+    for (; i < n; i += lanes<C>) {
+      const int64_t left = 2 * (n - i) - 1;  // elements up to the last one wanted
+      if (!CNNOPS_ISA_HAS_MASKS && left < 2 * lanes<C>) break;
+      const vec<C> a = load_n(src + 2 * i, static_cast<int>(min64(left, lanes<C>)));
+      const vec<C> b =
+          left > lanes<C> ? load_n(src + 2 * i + lanes<C>, static_cast<int>(min64(left - lanes<C>, lanes<C>)))
+                          : vec<C>{};
+      store_n(dst + i, evens(a, b), static_cast<int>(min64(n - i, lanes<C>)));
+    }
+  }
+  for (; i < n; ++i) dst[i] = load_scalar(src[i * step]);
 }
 
 }  // namespace

@@ -26,6 +26,13 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
+// Whether loads and stores of a part of a vector are single instructions.
+#if CNNOPS_ISA_avx512
+#define CNNOPS_ISA_HAS_MASKS 1
+#else
+#define CNNOPS_ISA_HAS_MASKS 0
+#endif
+
 template <class E, int kLanes>
 struct VectorOf {
   typedef E type __attribute__((vector_size(kLanes * sizeof(E)), aligned(sizeof(E)), may_alias));

@@ -13,7 +13,7 @@
 // output channels of dy; the reduction runs over pixels. Tasks are blocks of rows times slices of the images; the slices'
 // partial sums are added in order.
 //
-// All cuts depend on shapes alone, so results have the same bits for any number of threads.
+// What is added in which order depends on shapes alone, so results have the same bits for any number of threads.
 #include <omp.h>
 
 #include "cpu/conv2d_lattice.h"
@@ -30,9 +30,11 @@ constexpr int64_t kFlush = 32;          // terms of a sum in NCHW, where PyTorch
 constexpr int64_t kTapChannels = 48;    // channels_last: so many channels of one tap are a chunk that needs no packing
 constexpr int64_t kBlockPixels = 192;   // with kChunk: 196 KB of packed float32 pixels
 constexpr int64_t kBlockFilters = 256;  // with kBlockPixels: 196 KB of accumulators
-constexpr int64_t kMinFilters = 64;     // smaller blocks would pack the same pixels too often
+constexpr int64_t kTasksPerThread = 4;  // enough for an even share
+constexpr int64_t kMinFilters = 96;     // smaller blocks would pack the same pixels too often
+constexpr int64_t kMinPixels = 32;      // smaller blocks would read the same weights too often
 constexpr int64_t kFewBlocks = 2;       // of pixels: too few to pay for packing all weights to memory
-constexpr int64_t kWantedTasks = 16;    // enough to balance a few threads; fixed, so that cuts do not depend on threads
+constexpr int64_t kWantedTasks = 16;    // weight_grad: fixed, because its cuts decide the order of its sums
 
 // One group of one lattice: everything the tasks read.
 template <class T>
@@ -402,7 +404,9 @@ void run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
                                p.weight_stride[transposed ? 0 : 1]};
   const int64_t group_stride = p.k / p.groups * p.weight_stride[0];
 
-  // Blocks: as even as possible, and enough tasks to share out.
+  // Blocks: as even as possible, and enough tasks to share out. They may depend on the number of threads: the order in which
+  // an output's terms are added does not depend on the block that it lies in.
+  const int64_t wanted_tasks = p.threads == 1 ? 1 : kTasksPerThread * p.threads;
   const int64_t pixels = g.pixels();
   const int64_t grain = p.layout == Layout::nchw ? kTileColumns<C> : kTileRows;
   const auto even = [](int64_t total, int64_t block, int64_t grain) {
@@ -411,13 +415,16 @@ void run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
   int64_t block_pixels = even(pixels, kBlockPixels, grain);
   int64_t pixel_blocks = ceil_div(pixels, block_pixels);
   int64_t filter_blocks = ceil_div(g.out_channels, kBlockFilters);
-  while (pixel_blocks * filter_blocks * p.groups < kWantedTasks &&
-         ceil_div(g.out_channels, filter_blocks + 1) >= kMinFilters)
-    ++filter_blocks;
-  while (pixel_blocks * filter_blocks * p.groups < kWantedTasks && block_pixels > grain) {
-    block_pixels = round_up(block_pixels / 2, grain);
+  const auto tasks_wanting = [&] { return pixel_blocks * filter_blocks * p.groups < wanted_tasks; };
+  const auto split_filters = [&](int64_t least) {
+    while (tasks_wanting() && g.out_channels / (filter_blocks + 1) >= least) ++filter_blocks;
+  };
+  split_filters(kMinFilters);
+  for (int64_t want = pixel_blocks + 1; tasks_wanting() && pixels / want >= max64(kMinPixels, grain); ++want) {
+    block_pixels = round_up(ceil_div(pixels, want), grain);
     pixel_blocks = ceil_div(pixels, block_pixels);
   }
+  split_filters(kTileColumns<C>);
   filter_blocks = min64(filter_blocks, panels.count);
 
   // Weights that few blocks of pixels share are packed by each task, chunk by chunk, and never leave its cache.
@@ -429,7 +436,7 @@ void run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
   const int64_t sums_size = round_up(pixel_columns * block_channels, 64);
   const int64_t thread_size = packed_size + sums_size + (pack_all ? 0 : round_up(block_channels * chunk_terms, 64));
   const int threads = p.threads;
-  const int64_t pack_tasks = min64(panels.count, kWantedTasks);
+  const int64_t pack_tasks = min64(panels.count, wanted_tasks);
   Scratch<C> scratch(thread_size * threads);
   const int64_t tasks = pixel_blocks * filter_blocks * p.groups;
 #pragma omp parallel num_threads(threads)

@@ -11,7 +11,7 @@
 // The sums that tell whether data is fit for it (conv2d_winograd.h) are of |x| over the channels of each pixel, compared within
 // each tile and its neighbours, and of |w| over the channels of each tap, compared within each filter.
 //
-// All cuts depend on shapes alone, so results have the same bits for any number of threads.
+// What is added in which order depends on shapes alone, so results have the same bits for any number of threads.
 #include <omp.h>
 
 #include "common/arith.h"
@@ -40,7 +40,7 @@ constexpr int64_t kTiles = 48;         // tiles of a block
 constexpr int64_t kChunk = 128;        // channels between two visits of the accumulators
 constexpr int64_t kFlush = 32;         // terms of a sum in NCHW, where PyTorch's own error is the lower one
 constexpr int64_t kBlockFilters = 96;  // with kTiles: 295 KB of M
-constexpr int64_t kWantedTasks = 16;   // enough to balance a few threads; fixed, so that cuts do not depend on threads
+constexpr int64_t kTasksPerThread = 4;  // enough for an even share
 constexpr int64_t kFewBlocks = 2;      // of tiles: too few to pay for writing U to memory
 constexpr int64_t kPackChannels = 16;
 
@@ -400,7 +400,7 @@ bool run(const Conv2dParams& p, bool transposed) {
   const int64_t block_panels = min64(max64(1, kBlockFilters / widest), panels.count);
   const int64_t filter_blocks = ceil_div(panels.count, block_panels);
   int64_t shares = 1;  // tasks among which the blocks of filters of one block of tiles are dealt out
-  while (tile_blocks * p.groups * shares < kWantedTasks && shares < filter_blocks) ++shares;
+  while (p.threads > 1 && tile_blocks * p.groups * shares < kTasksPerThread * p.threads && shares < filter_blocks) ++shares;
   const bool share_u = tile_blocks > kFewBlocks;
 
   const int64_t group_u = kFrequencies * (g.in_channels * panels.channels() + panels.count * g.chunks * kPad);

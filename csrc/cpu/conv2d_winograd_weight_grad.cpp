@@ -5,8 +5,8 @@
 // V [16][tile][channel], and adds the 16 products to Z [16][filter][channel]. NCHW is transposed on the way in, a few rows at
 // a time. The slices' Z are added in order and transformed back to dw.
 //
-// The sums that tell whether data is fit for it (conv2d_winograd.h) are of |x| and of |dy| over a task's tiles and channels,
-// by position in the tile. All cuts depend on shapes alone, so results have the same bits for any number of threads.
+// The sums that tell whether data is fit for it (conv2d_winograd.h) are of |x| and of |dy| over a task's channels, by position
+// in the tile: all tiles' together, and in each tile those that are not zero, where tiles may fail that hold little of it all. All cuts depend on shapes alone, so results have the same bits for any number of threads.
 #include <omp.h>
 
 #include "common/arith.h"
@@ -29,6 +29,7 @@ namespace {
 constexpr int64_t kTiles = 48;                           // tiles whose products are summed before Z is visited
 constexpr int64_t kFlush = 24;                           // tiles of one running sum
 constexpr int64_t kBlockFilters = 64, kBlockChannels = 128;  // of a task: 524 KB of Z
+constexpr float kMostFailed = 16;     // the share of the magnitudes that may lie in tiles of too many sizes is 1 / this
 constexpr int64_t kWantedTasks = 16;  // enough to balance a few threads; fixed, so that cuts do not depend on threads
 
 struct Plan {
@@ -60,17 +61,29 @@ Plan plan_of(const Conv2dParams& p) {
   return g;
 }
 
-// The four sums of magnitudes, by position.
+// The sums of magnitudes at the four positions of tiles.
 template <class C>
-bool fit(const vec<C> (&sums)[4]) {
-  float least = __builtin_inff(), most = 0;
-  for (int i = 0; i < 4; ++i) {
-    const float sum = sum_lanes<C>(sums[i]);
-    if (!(sum <= kLargest)) return false;
-    least = sum < least ? sum : least, most = sum > most ? sum : most;
+struct Sizes {
+  float sums[4] = {}, failed = 0;
+
+  void add(const vec<C> (&tile)[4]) {
+    float least = __builtin_inff(), most = 0;
+    for (int i = 0; i < 4; ++i) {
+      const float sum = sum_lanes<C>(tile[i]);
+      sums[i] += sum;
+      least = sum > 0 && sum < least ? sum : least, most = sum > most ? sum : most;
+    }
+    if (least * kMostRatio < most) failed += most;
   }
-  return one_size(least, most);
-}
+  bool fit() const {
+    float least = sums[0], most = sums[0], total = sums[0];
+    for (int i = 1; i < 4; ++i) {
+      least = sums[i] < least ? sums[i] : least, most = sums[i] > most ? sums[i] : most;
+      total += sums[i];
+    }
+    return total <= kLargest && one_size(least, most) && failed * kMostFailed <= total;
+  }
+};
 
 template <class T>
 struct Task {
@@ -84,7 +97,7 @@ struct Task {
   const C* zeros_c;
   int64_t filled = 0;
   bool add = false;
-  vec<C> x_sums[4] = {}, dy_sums[4] = {};
+  Sizes<C> x_sizes = {}, dy_sizes = {};
 
   // Z += W' V over the tiles at hand.
   void multiply() {
@@ -111,7 +124,9 @@ struct Task {
     if (filled == kTiles) multiply();
     const E* pixel[16];
     tile_pixels(image, row_step, pixel_step, first_x, row, column, p.h, p.w, none, pixel);
-    tile_to_v(pixel, 0, channels, v + filled * g.channels, g.v_step, x_sums);
+    vec<C> sums[4] = {}, grad_sums[4] = {};
+    tile_to_v(pixel, 0, channels, v + filled * g.channels, g.v_step, sums);
+    x_sizes.add(sums);
     const E* grads[4];
     for (int i = 0; i < 4; ++i) {
       const int64_t h = 2 * row + i / 2, w_at = 2 * column + i % 2;
@@ -123,12 +138,13 @@ struct Task {
       vec<C> d[4], transformed[16];
       for (int i = 0; i < 4; ++i) {
         d[i] = load_n(grads[i] + k, part);
-        dy_sums[i] += abs_of<C>(d[i]);
+        grad_sums[i] += abs_of<C>(d[i]);
       }
       transform_grad(d, transformed);
 #pragma GCC unroll 16
       for (int f = 0; f < kFrequencies; ++f) store(to + f * g.w_step + k, transformed[f]);
     }
+    dy_sizes.add(grad_sums);
     ++filled;
   }
 
@@ -250,7 +266,7 @@ bool run(const Conv2dParams& p) {
                    mine.dy_strip,
                    zeros.data};
       task.run(g.lines * slice / g.slices, g.lines * (slice + 1) / g.slices);
-      unfit |= !fit<C>(task.x_sums) || !fit<C>(task.dy_sums);
+      unfit |= !task.x_sizes.fit() || !task.dy_sizes.fit();
       if (g.slices > 1) continue;
       for (int64_t k = 0; k < task.filters; ++k)
         finish(p, g, task.z + k * g.channels, 0, task.channels,

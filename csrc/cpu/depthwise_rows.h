@@ -1,0 +1,252 @@
+// The inner loops of depthwise convolution, for one vector of channels: a block of neighbouring output pixels in registers,
+// over the rows of a filter. A run is kTaps taps side by side in one filter row:
+//
+//   filter_block   the block's sums; each input vector that is loaded meets every tap of the run that it belongs to
+//   correlate      the taps' gradients over several rows of pixels; the same with the roles of taps and pixels exchanged
+//
+// so that the loop is bound by its products, not by loads. Columns of a block are numbered from the leftmost input pixel of
+// its first output pixel; those outside of the image are stepped over, which costs a compare and saves the products with
+// zeros: in a 7 x 7 image a filter of 7 x 7 has only 57% of its taps inside. Runs of one tap take any stride and dilation;
+// there each column is an output pixel's.
+#pragma once
+
+#include "cpu/conv2d_lattice.h"
+#include "cpu/simd/activation.h"
+#include "cpu/simd/vec.h"
+
+namespace cnnops::CNNOPS_ISA {
+namespace {
+
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+// f(Constant<kFrom>{}), ..., f(Constant<kTo - 1>{}), each inlined.
+template <int kFrom, int kTo, class F>
+[[gnu::always_inline]] inline void unrolled(const F& f) {
+  if constexpr (kFrom < kTo) {
+    f(Constant<kFrom>{});
+    unrolled<kFrom + 1, kTo>(f);
+  }
+}
+#define CNNOPS_INLINE __attribute__((always_inline))
+
+struct Run {
+  int64_t dh, dw;       // its first tap reads input pixel (i*ish + dh, j*isw + dw)
+  int64_t first, last;  // its columns, counted from output pixel 0, that lie inside the image
+};
+
+// Loads and stores of a vector, or of its first lanes.
+template <bool kPart, class T>
+[[gnu::always_inline]] inline vec<compute_t<T>> load_part(const T* p, int part) {
+  if constexpr (kPart) return load_n(p, part);
+  return load(p);
+}
+
+// ---- Sums over taps --------------------------------------------------------------------------------------------------
+
+template <class T>
+struct FilterBlock {
+  using C = compute_t<T>;
+  const T* in;          // below the block's first output pixel, tap offset (0, 0)
+  int64_t row, pixel;   // elements from one input row, one input pixel to the next
+  int64_t column;       // elements from one column to the next
+  int64_t origin;       // the first column, counted from output pixel 0
+  const Run* runs;      // those whose row lies inside the image
+  int64_t count;        // of the runs
+  const C* filters;     // [run][tap][lane]
+  const C* bias;        // [lane]
+  T* out;               // the block's first pixel
+  int64_t out_pixel;    // elements from one output pixel to the next
+  const T* residual;    // laid out as out; null: none
+  Activation activation;
+  int live;             // pixels that are stored
+  int part;             // lanes that exist, for kPart
+};
+
+template <class T, int kTaps, int kStep, int kCount, bool kPart>
+void filter_block(const FilterBlock<T>& b) {
+  using C = compute_t<T>;
+  constexpr int kColumns = kTaps == 1 ? kCount : (kCount - 1) * kStep + kTaps;
+  vec<C> sum[kCount];
+  const vec<C> bias = load(b.bias);
+  unrolled<0, kCount>([&](auto j) CNNOPS_INLINE { sum[j.value] = bias; });
+  const C* filter = b.filters;
+  const int64_t column = b.column;
+  for (const Run *run = b.runs, *const end = run + b.count; run < end; ++run, filter += kTaps * lanes<C>) {
+    vec<C> f[kTaps];
+    unrolled<0, kTaps>([&](auto s) CNNOPS_INLINE { f[s.value] = load(filter + s.value * lanes<C>); });
+    int64_t at = run->dh * b.row + run->dw * b.pixel;
+    const int64_t first = run->first - b.origin, last = run->last - b.origin;
+    unrolled<0, kColumns>([&](auto w) CNNOPS_INLINE {
+      constexpr int kColumn = decltype(w)::value;
+      if (kColumn >= first && kColumn < last) {
+        const vec<C> x = load_part<kPart>(b.in + at, b.part);
+        if constexpr (kTaps == 1) {
+          sum[kColumn] += x * f[0];
+        } else {
+          unrolled<0, kTaps>([&](auto s) CNNOPS_INLINE {
+            constexpr int kAhead = kColumn - decltype(s)::value;
+            if constexpr (kAhead >= 0 && kAhead % kStep == 0 && kAhead / kStep < kCount)
+              sum[kAhead / kStep] += x * f[decltype(s)::value];
+          });
+        }
+      }
+      at += column;
+    });
+  }
+  if (!kPart && !b.residual && b.activation == Activation::none) {
+    unrolled<0, kCount>([&](auto j) CNNOPS_INLINE {
+      if (j.value < b.live) store(b.out + j.value * b.out_pixel, sum[j.value]);
+    });
+    return;
+  }
+  for (int j = 0; j < b.live; ++j) {
+    vec<C> z = sum[j];
+    const int64_t to = j * b.out_pixel;
+    if (b.residual) z += load_part<kPart>(b.residual + to, b.part);
+    if (b.activation != Activation::none) z = activate<C>(z, b.activation);
+    if constexpr (kPart)
+      store_n(b.out + to, z, b.part);
+    else
+      store(b.out + to, z);
+  }
+}
+
+// Widths of blocks: with the taps of a run they fill the registers.
+#if CNNOPS_ISA_avx512
+constexpr int kWidths[] = {4, 7, 10, 14};
+#else
+constexpr int kWidths[] = {4, 7};
+#endif
+constexpr int kWidthCount = sizeof kWidths / sizeof kWidths[0];
+constexpr int kMostPixels = kWidths[kWidthCount - 1];
+
+template <class T>
+struct FilterKernels {
+  using Kernel = void (*)(const FilterBlock<T>&);
+  Kernel of[kWidthCount];
+
+  template <int kTaps, int kStep, bool kPart>
+  void set() {
+    unrolled<0, kWidthCount>([&](auto i) CNNOPS_INLINE {
+      of[i.value] = &filter_block<T, kTaps, kStep, kWidths[decltype(i)::value], kPart>;
+    });
+  }
+  // taps: as side_by_side gives them.
+  void choose(int64_t taps, int64_t step, bool part) {
+    if (part) return set<1, 1, true>();
+    switch (taps * 4 + step) {
+      case 3 * 4 + 1: return set<3, 1, false>();
+      case 5 * 4 + 1: return set<5, 1, false>();
+      case 7 * 4 + 1: return set<7, 1, false>();
+      case 3 * 4 + 2: return set<3, 2, false>();
+      case 5 * 4 + 2: return set<5, 2, false>();
+      default: return set<1, 1, false>();
+    }
+  }
+};
+
+// How many taps of a filter row a run takes, where `width` of them lie side by side (1: they do not) and output pixels are
+// `step` input pixels apart.
+int64_t side_by_side(int64_t width, int64_t step) {
+  if (step <= 2)
+    for (int64_t taps = step == 1 ? 7 : 5; taps > 1; taps -= 2)
+      if (width % taps == 0) return taps;
+  return 1;
+}
+
+// ---- Gradients of taps -----------------------------------------------------------------------------------------------
+
+template <class T>
+struct Correlation {
+  using C = compute_t<T>;
+  const T* x;   // below output pixel (0, 0), tap offset (0, 0)
+  const T* dy;  // output pixel (0, 0)
+  int64_t x_row, x_pixel, x_column;  // elements from one input row, input pixel and column to the next
+  int64_t x_step;                    // from the input row of one output row to that of the next
+  int64_t dy_row, dy_pixel;
+  int64_t first_row, last_row;  // output rows, for all of which the run's input row lies inside the image
+  int64_t columns;              // output pixels of a row
+  int part;
+};
+
+template <class T, int kTaps, int kStep, int kCount, bool kPart, int kSets, class Sums>
+[[gnu::always_inline]] inline void correlate_block(const Correlation<T>& b, const T* x, const T* dy, int64_t first,
+                                                   int64_t last, Sums& sum) {
+  using C = compute_t<T>;
+  constexpr int kColumns = kTaps == 1 ? kCount : (kCount - 1) * kStep + kTaps;
+  vec<C> d[kCount];
+  unrolled<0, kCount>(
+      [&](auto j) CNNOPS_INLINE { d[j.value] = load_part<kPart>(dy + j.value * b.dy_pixel, b.part); });
+  int64_t at = 0;
+  unrolled<0, kColumns>([&](auto w) CNNOPS_INLINE {
+    constexpr int kColumn = decltype(w)::value;
+    if (kColumn >= first && kColumn < last) {
+      const vec<C> v = load_part<kPart>(x + at, b.part);
+      if constexpr (kTaps == 1) {
+        sum[kColumn % kSets][0] += v * d[kColumn];
+      } else {
+        unrolled<0, kTaps>([&](auto s) CNNOPS_INLINE {
+          constexpr int kAhead = kColumn - decltype(s)::value;
+          if constexpr (kAhead >= 0 && kAhead % kStep == 0 && kAhead / kStep < kCount)
+            sum[kColumn / kStep % kSets][decltype(s)::value] += v * d[kAhead / kStep];
+        });
+      }
+    }
+    at += b.x_column;
+  });
+}
+
+// sums[tap][lane] += the run's correlation over the rows.
+template <class T, int kTaps, int kStep, bool kPart>
+void correlate(const Correlation<T>& b, const Run& run, compute_t<T>* sums) {
+  using C = compute_t<T>;
+  // A sum waits four cycles for the one before it: fewer taps have several sums each.
+  constexpr int kSets = kTaps == 1 ? 4 : kTaps == 3 ? 2 : 1;
+  constexpr int kPixels = kTaps == 1 ? 1 : kStep;  // columns from one output pixel to the next
+  vec<C> sum[kSets][kTaps];
+  unrolled<0, kTaps>([&](auto s) CNNOPS_INLINE {
+    sum[0][s.value] = load(sums + s.value * lanes<C>);
+    unrolled<1, kSets>([&](auto k) CNNOPS_INLINE { sum[k.value][s.value] = vec<C>{}; });
+  });
+  for (int64_t i = b.first_row; i < b.last_row; ++i) {
+    const T* x = b.x + i * b.x_step + run.dh * b.x_row + run.dw * b.x_pixel;
+    const T* dy = b.dy + i * b.dy_row;
+    int64_t left = b.columns, first = run.first, last = run.last;
+    const auto blocks = [&](auto count) CNNOPS_INLINE {
+      constexpr int kCount = decltype(count)::value;
+      for (; left >= kCount; left -= kCount) {
+        correlate_block<T, kTaps, kStep, kCount, kPart, kSets>(b, x, dy, first, last, sum);
+        first -= kCount * kPixels, last -= kCount * kPixels;
+        x += kCount * kPixels * b.x_column, dy += kCount * b.dy_pixel;
+      }
+    };
+    if constexpr (kMostPixels > 7) blocks(Constant<kMostPixels>{});
+    blocks(Constant<7>{});
+    blocks(Constant<4>{});
+    blocks(Constant<1>{});
+  }
+  unrolled<0, kTaps>([&](auto s) CNNOPS_INLINE {
+    unrolled<1, kSets>([&](auto k) CNNOPS_INLINE { sum[0][s.value] += sum[k.value][s.value]; });
+    store(sums + s.value * lanes<C>, sum[0][s.value]);
+  });
+}
+
+template <class T>
+using CorrelateKernel = void (*)(const Correlation<T>&, const Run&, compute_t<T>*);
+template <class T>
+CorrelateKernel<T> correlate_kernel(int64_t taps, int64_t step, bool part) {
+  if (part) return &correlate<T, 1, 1, true>;
+  switch (taps * 4 + step) {
+    case 3 * 4 + 1: return &correlate<T, 3, 1, false>;
+    case 5 * 4 + 1: return &correlate<T, 5, 1, false>;
+    case 7 * 4 + 1: return &correlate<T, 7, 1, false>;
+    case 3 * 4 + 2: return &correlate<T, 3, 2, false>;
+    case 5 * 4 + 2: return &correlate<T, 5, 2, false>;
+    default: return &correlate<T, 1, 1, false>;
+  }
+}
+
+}  // namespace
+}  // namespace cnnops::CNNOPS_ISA

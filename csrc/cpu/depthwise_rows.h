@@ -64,6 +64,17 @@ struct FilterBlock {
   int part;             // lanes that exist, for kPart
 };
 
+template <class T>
+[[gnu::noinline]] void finish_block(const FilterBlock<T>& b, const compute_t<T>* sums) {
+  using C = compute_t<T>;
+  for (int j = 0; j < b.live; ++j) {
+    vec<C> z = load(sums + j * lanes<C>);
+    if (b.residual) z += load_n(b.residual + j * b.out_pixel, b.part);
+    if (b.activation != Activation::none) z = activate<C>(z, b.activation);
+    store_n(b.out + j * b.out_pixel, z, b.part);
+  }
+}
+
 template <class T, int kTaps, int kStep, int kCount, bool kPart>
 void filter_block(const FilterBlock<T>& b) {
   using C = compute_t<T>;
@@ -72,16 +83,18 @@ void filter_block(const FilterBlock<T>& b) {
   const vec<C> bias = load(b.bias);
   unrolled<0, kCount>([&](auto j) CNNOPS_INLINE { sum[j.value] = bias; });
   const C* filter = b.filters;
-  const int64_t column = b.column;
+  const T* const in = b.in;
+  const int64_t column = b.column, row = b.row, pixel = b.pixel, origin = b.origin;
+  const int part = b.part;
   for (const Run *run = b.runs, *const end = run + b.count; run < end; ++run, filter += kTaps * lanes<C>) {
     vec<C> f[kTaps];
     unrolled<0, kTaps>([&](auto s) CNNOPS_INLINE { f[s.value] = load(filter + s.value * lanes<C>); });
-    int64_t at = run->dh * b.row + run->dw * b.pixel;
-    const int64_t first = run->first - b.origin, last = run->last - b.origin;
+    int64_t at = run->dh * row + run->dw * pixel;
+    const int64_t first = run->first - origin, last = run->last - origin;
     unrolled<0, kColumns>([&](auto w) CNNOPS_INLINE {
       constexpr int kColumn = decltype(w)::value;
       if (kColumn >= first && kColumn < last) {
-        const vec<C> x = load_part<kPart>(b.in + at, b.part);
+        const vec<C> x = load_part<kPart>(in + at, part);
         if constexpr (kTaps == 1) {
           sum[kColumn] += x * f[0];
         } else {
@@ -95,22 +108,19 @@ void filter_block(const FilterBlock<T>& b) {
       at += column;
     });
   }
+  const int live = b.live;
+  const int64_t out_pixel = b.out_pixel;
+  T* const out = b.out;
   if (!kPart && !b.residual && b.activation == Activation::none) {
     unrolled<0, kCount>([&](auto j) CNNOPS_INLINE {
-      if (j.value < b.live) store(b.out + j.value * b.out_pixel, sum[j.value]);
+      if (j.value < live) store(out + j.value * out_pixel, sum[j.value]);
     });
     return;
   }
-  for (int j = 0; j < b.live; ++j) {
-    vec<C> z = sum[j];
-    const int64_t to = j * b.out_pixel;
-    if (b.residual) z += load_part<kPart>(b.residual + to, b.part);
-    if (b.activation != Activation::none) z = activate<C>(z, b.activation);
-    if constexpr (kPart)
-      store_n(b.out + to, z, b.part);
-    else
-      store(b.out + to, z);
-  }
+  // A copy: the sums themselves must not have addresses, or they would not stay in registers above.
+  C finished[kCount * lanes<C>];
+  unrolled<0, kCount>([&](auto j) CNNOPS_INLINE { store(finished + j.value * lanes<C>, sum[j.value]); });
+  finish_block(b, finished);
 }
 
 // Widths of blocks: with the taps of a run they fill the registers.

@@ -19,10 +19,9 @@
 namespace cnnops::CNNOPS_ISA {
 namespace {
 
-constexpr int64_t kBlockBytes = 24 << 10;   // of input rows under a filter, for the channels of a block: most of L1
-constexpr int64_t kMostVectors = 8;         // of a block
+constexpr int64_t kBlockBytes = 24 << 10;  // of input rows under a filter, for the channels of a block: most of L1
 constexpr int64_t kStripBytes = 96 << 10;   // of an NCHW strip in scratch
-constexpr int64_t kWantedTasks = 32;        // enough to balance a few threads; fixed, so that cuts do not depend on threads
+constexpr int64_t kWantedTasks = 16;        // enough to balance a few threads; fixed, so that cuts do not depend on threads
 constexpr int64_t kGroupPixels = 256;       // output pixels that are transposed back together
 
 // The channels as vectors; where C is no multiple of the lanes, the last vector overlaps the one before it.
@@ -159,43 +158,67 @@ struct Packed {
   }
 };
 
-// One vector of channels of output row y. `in`: where input row 0 lies or would lie; `out`, `residual`: the output row.
-template <class X>
-void filter_row(const Plan<X>& plan, int64_t y, const X* in, const compute_t<X>* packed, X* out, const X* residual,
-                FilterBlock<X>& b) {
+// Memory that is needed soon: `runs` runs of bytes, `step` bytes apart. Each of `steps` steps of the work before asks for its
+// share. The processor's own prefetchers do not follow reads that jump from pixel to pixel or from plane to plane.
+struct Ahead {
+  const void* first = nullptr;
+  int64_t runs = 0, step = 0, bytes = 0;
+
+  void fetch(int64_t now, int64_t steps) const {
+    for (int64_t run = runs * now / steps; run < runs * (now + 1) / steps; ++run) {
+      const char* const at = static_cast<const char*>(first) + run * step;
+      for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(at + byte, 0, 2);
+    }
+  }
+};
+
+// Output row y for the vectors of channels [v0, v1). `in`: where input row 0 lies or would lie; `out`, `residual`: the output
+// row; all at the first channel of v0. Fetches what comes next meanwhile.
+template <class X, class P>
+void filter_row(const Plan<X>& plan, int64_t y, int64_t v0, int64_t v1, const X* in, const P& packed, X* out,
+                const X* residual, FilterBlock<X> b, const Ahead& input, const Ahead& output) {
   using C = compute_t<X>;
-  b.bias = packed;
   const int64_t i = y / plan.osh, top = i * plan.ish, out_pixel = b.out_pixel / plan.osw;
   const Phase<X>* phase = plan.phases.data + y % plan.osh * plan.phases_w;
-  for (const Phase<X>* const end = phase + plan.phases_w; phase < end; ++phase) {
+  for (int64_t w = 0; w < plan.phases_w; ++w, ++phase) {
     const Lattice& l = phase->lattice;
     const Run *first = phase->runs, *last = first + phase->run_count;
     while (first < last && first->dh < -top) ++first;
     while (last > first && last[-1].dh >= plan.in_h - top) --last;
     b.runs = first;
     b.count = last - first;
-    b.filters = packed + (1 + phase->packed + (first - phase->runs) * phase->taps) * lanes<C>;
     b.column = phase->taps > 1 ? b.pixel : b.pixel * l.isw;
+    const int64_t filters = (1 + phase->packed + (first - phase->runs) * phase->taps) * lanes<C>;
     const int64_t width = ceil_div(l.columns, ceil_div(l.columns, kMostPixels));
+    const int64_t origin_step = phase->taps > 1 ? l.isw : 1;
+    const X* const under = in + top * b.row;
     int kind = 0;
     while (kWidths[kind] < width) ++kind;
     const auto kernel = phase->kernels.of[kind];
-    for (int64_t j = 0; j < l.columns; j += width) {
-      const int64_t to = (l.ow0 + j * l.osw) * out_pixel;
-      b.in = in + top * b.row + j * l.isw * b.pixel;
-      b.origin = phase->taps > 1 ? j * l.isw : j;
-      b.live = static_cast<int>(min64(width, l.columns - j));
-      b.out = out + to;
-      b.residual = residual ? residual + to : nullptr;
-      kernel(b);
+    for (int64_t v = v0; v < v1; ++v) {
+      if (w == 0) {
+        input.fetch(v - v0, v1 - v0);
+        output.fetch(v - v0, v1 - v0);
+      }
+      const int64_t c0 = plan.vectors.start(v) - plan.vectors.start(v0);
+      b.bias = packed.vector(v);
+      b.filters = b.bias + filters;
+      for (int64_t j = 0; j < l.columns; j += width) {
+        const int64_t to = (l.ow0 + j * l.osw) * out_pixel + c0;
+        b.in = under + j * l.isw * b.pixel + c0;
+        b.origin = j * origin_step;
+        b.live = static_cast<int>(min64(width, l.columns - j));
+        b.out = out + to;
+        b.residual = residual ? residual + to : nullptr;
+        kernel(b);
+      }
     }
   }
 }
 
-// Rows in strips of at most `most`, and as many as kWantedTasks need beside the other cuts, but then none below 4 rows.
-Cut strips(int64_t rows, int64_t others, int64_t most) {
-  const int64_t wanted = min64(ceil_div(kWantedTasks, max64(others, 1)), max64(1, rows / 4));
-  return {rows, max64(wanted, ceil_div(rows, max64(most, 1)))};
+// n things in about `wanted` parts of at most `most`, none below `least`.
+Cut cut(int64_t n, int64_t wanted, int64_t least, int64_t most) {
+  return {n, max64(min64(wanted, max64(1, n / least)), ceil_div(n, max64(most, 1)))};
 }
 
 template <class T>
@@ -207,28 +230,46 @@ void filter_nhwc(const Conv2dParams& p, bool transposed) {
   const T* const in = static_cast<const T*>(transposed ? p.y : p.x);
   T* const out = static_cast<T*>(transposed ? p.x : p.y);
   const T* const residual = static_cast<const T*>(p.residual);
-  const int64_t bytes = plan.reach() * plan.in_w * lanes<C> * static_cast<int64_t>(sizeof(T));
-  const Cut blocks{vectors.count, ceil_div(vectors.count, max64(2, min64(kMostVectors, kBlockBytes / bytes)))};
-  const Cut rows = strips(plan.out_h, p.n * blocks.parts, plan.out_h);
+  constexpr int64_t kSize = sizeof(T);
+  const Cut rows = cut(plan.out_h, ceil_div(kWantedTasks, p.n), 8, plan.out_h);
+  const int64_t under = plan.reach() * plan.in_w * lanes<C> * kSize;
+  const Cut blocks = cut(vectors.count, ceil_div(kWantedTasks, p.n * rows.parts), 4, max64(4, kBlockBytes / under));
+  const int64_t tasks = p.n * rows.parts * blocks.parts;
+  const int64_t in_row = plan.in_w * p.c, out_row = plan.out_w * p.c;
 #pragma omp parallel num_threads(p.threads)
   {
     packed.fill(p, plan);
 #pragma omp for schedule(static)
-    for (int64_t task = 0; task < p.n * rows.parts * blocks.parts; ++task) {
+    for (int64_t task = 0; task < tasks; ++task) {
       const int64_t b = task % blocks.parts, strip = task / blocks.parts % rows.parts;
       const int64_t n = task / blocks.parts / rows.parts;
+      const int64_t v0 = blocks.begin(b), v1 = blocks.end(b), y1 = rows.end(strip), c0 = vectors.start(v0);
+      const int64_t bytes = (vectors.start(v1 - 1) + vectors.part - c0) * kSize;
       FilterBlock<T> block{};
-      block.row = plan.in_w * p.c;
+      block.row = in_row;
       block.pixel = p.c;
       block.out_pixel = plan.osw * p.c;
       block.activation = p.activation;
       block.part = static_cast<int>(vectors.part);
-      for (int64_t y = rows.begin(strip); y < rows.end(strip); ++y)
-        for (int64_t v = blocks.begin(b); v < blocks.end(b); ++v) {
-          const int64_t c0 = vectors.start(v), to = (n * plan.out_h + y) * plan.out_w * p.c + c0;
-          filter_row(plan, y, in + n * plan.in_h * plan.in_w * p.c + c0, packed.vector(v), out + to,
-                     residual ? residual + to : nullptr, block);
+      for (int64_t y = rows.begin(strip); y < y1; ++y) {
+        // What the next row reads that this one does not, and where it goes; the next task's first row follows the last.
+        Ahead input, output;
+        if (y + 1 < y1) {
+          const int64_t h0 = plan.last_input(y + 1), h1 = plan.last_input(y + 2);
+          input = {in + (n * plan.in_h + h0) * in_row + c0, (h1 - h0) * plan.in_w, p.c * kSize, bytes};
+          output = {out + (n * plan.out_h + y + 1) * out_row + c0, plan.out_w, p.c * kSize, bytes};
+        } else if (task + 1 < tasks) {
+          const int64_t later = task + 1, first = rows.begin(later / blocks.parts % rows.parts);
+          const int64_t image = later / blocks.parts / rows.parts;
+          const int64_t h0 = plan.first_input(first), h1 = plan.last_input(first + 1);
+          const int64_t c = vectors.start(blocks.begin(later % blocks.parts));
+          input = {in + (image * plan.in_h + h0) * in_row + c, (h1 - h0) * plan.in_w, p.c * kSize, bytes};
+          output = {out + (image * plan.out_h + first) * out_row + c, plan.out_w, p.c * kSize, bytes};
         }
+        const int64_t to = (n * plan.out_h + y) * out_row + c0;
+        filter_row(plan, y, v0, v1, in + n * plan.in_h * in_row + c0, packed, out + to,
+                   residual ? residual + to : nullptr, block, input, output);
+      }
     }
   }
 }
@@ -279,10 +320,12 @@ void filter_nchw(const Conv2dParams& p, bool transposed) {
   // Output rows whose input, beside the rows that they share with the next ones, fills a strip.
   const int64_t rows_held = max64(plan.reach(), kStripBytes / kVectorBytes / plan.in_w - plan.reach());
   const int64_t most = max64(plan.osh, rows_held / plan.ish * plan.osh);
-  const Cut rows = strips(plan.out_h, p.n * vectors.count, most);
+  const Cut rows = cut(plan.out_h, ceil_div(kWantedTasks, p.n * vectors.count), 4, most);
   const int64_t group = max64(1, min64(kGroupPixels / plan.out_w, plan.out_h));
   const int64_t in_rows = min64(plan.in_h, ceil_div(ceil_div(plan.out_h, rows.parts), plan.osh) * plan.ish + plan.reach());
 
+  const int64_t tasks = p.n * vectors.count * rows.parts;
+  constexpr int64_t kSize = sizeof(T);
   const int64_t in_size = in_rows * plan.in_w * lanes<C>, pixels = round_up(group * plan.out_w, lanes<C>);
   const ScratchPieces scratch(p.threads, (in_size + 2 * pixels * lanes<C>) * static_cast<int64_t>(sizeof(C)));
 #pragma omp parallel num_threads(p.threads)
@@ -297,18 +340,32 @@ void filter_nchw(const Conv2dParams& p, bool transposed) {
     block.activation = Activation::none;
     block.part = static_cast<int>(lanes<C>);
 #pragma omp for schedule(static)
-    for (int64_t task = 0; task < p.n * vectors.count * rows.parts; ++task) {
+    for (int64_t task = 0; task < tasks; ++task) {
       const int64_t strip = task % rows.parts, v = task / rows.parts % vectors.count;
       const int64_t n = task / rows.parts / vectors.count;
       const int64_t plane = n * p.c + vectors.start(v);
       const int64_t y0 = rows.begin(strip), y1 = rows.end(strip);
       const int64_t h0 = plan.first_input(y0), h1 = max64(h0, plan.last_input(y1));
       gather_planes(in + plane * in_plane, in_plane, h0 * plan.in_w, h1 * plan.in_w, vectors.part, held);
+      // The next strip of these planes, or the first of the next ones.
+      Ahead ahead;
+      if (task + 1 < tasks) {
+        const bool last = strip + 1 == rows.parts;
+        const int64_t next = last ? 0 : strip + 1, width = plan.in_w * kSize;
+        const int64_t g0 = last ? 0 : h1, g1 = plan.last_input(rows.end(next));
+        ahead = {in + (plane + (last ? vectors.part : 0)) * in_plane + g0 * plan.in_w,
+                 min64(vectors.part, p.n * p.c - plane - vectors.part), in_plane * kSize, (g1 - g0) * width};
+      }
       for (int64_t from = y0; from < y1; from += group) {
         const int64_t count = min64(group, y1 - from);
-        for (int64_t y = from; y < from + count; ++y)
-          filter_row<C>(plan, y, held - h0 * block.row, packed.vector(v), made + (y - from) * plan.out_w * lanes<C>,
-                        nullptr, block);
+        const Ahead output{out + plane * out_plane + from * plan.out_w, vectors.part, out_plane * kSize,
+                           count * plan.out_w * kSize};
+        for (int64_t y = from; y < from + count; ++y) {
+          ahead.fetch(y - y0, y1 - y0);
+          output.fetch(y - from, count);
+          filter_row<C>(plan, y, v, v + 1, held - h0 * block.row, packed, made + (y - from) * plan.out_w * lanes<C>,
+                        nullptr, block, Ahead(), Ahead());
+        }
         scatter_planes(made, count * plan.out_w, from * plan.out_w, vectors.shared(v), vectors.part,
                        out + plane * out_plane, residual ? residual + plane * out_plane : nullptr, out_plane,
                        p.activation, turned);
@@ -355,13 +412,20 @@ struct GradPlan {
     slices = {all, max64(1, min64(all, min64(ceil_div(kWantedTasks, vectors.count), p.n * p.p * p.q / kFlushPixels)))};
     flush = max64(1, kFlushPixels / max64(1, p.p * p.q / rows.parts));
   }
+  // What rows [p0, p1) of dy meet.
+  Range input_rows(const Conv2dParams& p, int64_t p0, int64_t p1) const {
+    const int64_t first = max64(0, min64(p.h, p0 * p.stride_h - p.pad_h));
+    return {first, max64(first, min64(p.h, (p1 - 1) * p.stride_h - p.pad_h + reach))};
+  }
 };
 
-// For one vector of channels: `sums` of all taps over one strip of one image. x, dy: where its row 0 lies or would lie.
+// For one vector of channels: `sums` of all taps over one strip of one image. Fetches the next one's data meanwhile.
 template <class X>
 void correlate_strip(const Conv2dParams& p, const GradPlan<X>& plan, int64_t p0, int64_t p1, Correlation<X>& b,
-                     compute_t<X>* sums) {
+                     compute_t<X>* sums, const Ahead& x, const Ahead& dy) {
   for (int64_t i = 0; i < plan.run_count; ++i, sums += plan.taps * lanes<compute_t<X>>) {
+    x.fetch(i, plan.run_count);
+    dy.fetch(i, plan.run_count);
     const Range valid = valid_range(p.p, p.stride_h, plan.runs.data[i].dh, p.h);
     b.first_row = max64(p0, valid.first), b.last_row = min64(p1, valid.last);
     plan.kernel(b, plan.runs.data[i], sums);
@@ -382,6 +446,7 @@ void weight_grad(const Conv2dParams& p, bool nchw) {
   const int64_t dy_size = nchw ? most_rows * p.q * lanes<C> : 0;
   const ScratchPieces scratch(p.threads, (block * size + x_size + dy_size) * static_cast<int64_t>(sizeof(C)));
   const int64_t x_plane = p.h * p.w, dy_plane = p.p * p.q;
+  constexpr int64_t kSize = sizeof(T);
 #pragma omp parallel num_threads(p.threads)
   {
     C* const sums = static_cast<C*>(scratch.piece(omp_get_thread_num()));
@@ -408,8 +473,7 @@ void weight_grad(const Conv2dParams& p, bool nchw) {
           const int64_t c0 = vectors.start(v);
           if constexpr (__is_same(X, C)) {
             if (nchw) {
-              const int64_t h0 = max64(0, min64(p.h, p0 * p.stride_h - p.pad_h));
-              const int64_t h1 = max64(h0, min64(p.h, (p1 - 1) * p.stride_h - p.pad_h + plan.reach));
+              const auto [h0, h1] = plan.input_rows(p, p0, p1);
               const int64_t plane = n * p.c + c0;
               gather_planes(static_cast<const T*>(p.x) + plane * x_plane, x_plane, h0 * p.w, h1 * p.w, vectors.part,
                             x_held);
@@ -422,7 +486,27 @@ void weight_grad(const Conv2dParams& p, bool nchw) {
             b.x = static_cast<const X*>(p.x) + n * x_plane * p.c + c0;
             b.dy = static_cast<const X*>(p.y) + n * dy_plane * p.c + c0;
           }
-          correlate_strip(p, plan, p0, p1, b, sums + (v - v0) * size);
+          // The next vector of channels, or the first of the next strip.
+          Ahead next_x, next_dy;
+          const bool moves = v + 1 == v1;
+          if (const int64_t later = moves ? unit + 1 : unit; later < last) {
+            const int64_t image = later / plan.rows.parts, q0 = plan.rows.begin(later % plan.rows.parts);
+            const int64_t q1 = plan.rows.end(later % plan.rows.parts);
+            const int64_t from = vectors.start(moves ? v0 : v + 1);
+            const Range rows = plan.input_rows(p, q0, q1);
+            if (nchw) {
+              next_x = {static_cast<const T*>(p.x) + (image * p.c + from) * x_plane + rows.first * p.w, vectors.part,
+                        x_plane * kSize, (rows.last - rows.first) * p.w * kSize};
+              next_dy = {static_cast<const T*>(p.y) + (image * p.c + from) * dy_plane + q0 * p.q, vectors.part,
+                         dy_plane * kSize, (q1 - q0) * p.q * kSize};
+            } else {
+              next_x = {static_cast<const T*>(p.x) + (image * x_plane + rows.first * p.w) * p.c + from,
+                        (rows.last - rows.first) * p.w, p.c * kSize, vectors.part * kSize};
+              next_dy = {static_cast<const T*>(p.y) + (image * dy_plane + q0 * p.q) * p.c + from, (q1 - q0) * p.q,
+                         p.c * kSize, vectors.part * kSize};
+            }
+          }
+          correlate_strip(p, plan, p0, p1, b, sums + (v - v0) * size, next_x, next_dy);
         }
         if (++pending == plan.flush || unit + 1 == last) {
           pending = 0;

@@ -20,9 +20,9 @@ namespace cnnops::CNNOPS_ISA {
 namespace {
 
 constexpr int64_t kBlockBytes = 24 << 10;  // of input rows under a filter, for the channels of a block: most of L1
-constexpr int64_t kStripBytes = 96 << 10;   // of an NCHW strip in scratch
-constexpr int64_t kWantedTasks = 16;        // enough to balance a few threads; fixed, so that cuts do not depend on threads
-constexpr int64_t kGroupPixels = 256;       // output pixels that are transposed back together
+constexpr int64_t kStripBytes = 96 << 10;  // of an NCHW strip in scratch
+constexpr int64_t kWantedTasks = 16;   // enough to balance a few threads; fixed, so that cuts do not depend on threads
+constexpr int64_t kGroupPixels = 256;  // output pixels that are transposed back together
 
 // The channels as vectors; where C is no multiple of the lanes, the last vector overlaps the one before it.
 struct Vectors {
@@ -32,6 +32,11 @@ struct Vectors {
   // Channels of vector v that belong to the vector before it too.
   int64_t shared(int64_t v) const { return v * width - start(v); }
 };
+
+// Below some work a second thread is not worth waking.
+int threads_of(const Conv2dParams& p) {
+  return threads_for(p.n * p.c * (p.h * p.w + p.p * p.q * (1 + p.r * p.s / 4)), p.threads);
+}
 
 // n things in `parts` parts as equal as can be; the last is none of the smaller ones.
 struct Cut {
@@ -224,6 +229,7 @@ Cut cut(int64_t n, int64_t wanted, int64_t least, int64_t most) {
 template <class T>
 void filter_nhwc(const Conv2dParams& p, bool transposed) {
   using C = compute_t<T>;
+  const int threads = threads_of(p);
   const Plan<T> plan(p, transposed, true);
   const Vectors& vectors = plan.vectors;
   Packed<T, T> packed(p, plan);
@@ -236,7 +242,7 @@ void filter_nhwc(const Conv2dParams& p, bool transposed) {
   const Cut blocks = cut(vectors.count, ceil_div(kWantedTasks, p.n * rows.parts), 4, max64(4, kBlockBytes / under));
   const int64_t tasks = p.n * rows.parts * blocks.parts;
   const int64_t in_row = plan.in_w * p.c, out_row = plan.out_w * p.c;
-#pragma omp parallel num_threads(p.threads)
+#pragma omp parallel num_threads(threads)
   {
     packed.fill(p, plan);
 #pragma omp for schedule(static)
@@ -310,6 +316,7 @@ void scatter_planes(const compute_t<T>* from, int64_t count, int64_t first, int6
 template <class T>
 void filter_nchw(const Conv2dParams& p, bool transposed) {
   using C = compute_t<T>;
+  const int threads = threads_of(p);
   const Plan<C> plan(p, transposed, false);
   const Vectors& vectors = plan.vectors;
   Packed<T, C> packed(p, plan);
@@ -322,13 +329,14 @@ void filter_nchw(const Conv2dParams& p, bool transposed) {
   const int64_t most = max64(plan.osh, rows_held / plan.ish * plan.osh);
   const Cut rows = cut(plan.out_h, ceil_div(kWantedTasks, p.n * vectors.count), 4, most);
   const int64_t group = max64(1, min64(kGroupPixels / plan.out_w, plan.out_h));
-  const int64_t in_rows = min64(plan.in_h, ceil_div(ceil_div(plan.out_h, rows.parts), plan.osh) * plan.ish + plan.reach());
+  const int64_t in_rows =
+      min64(plan.in_h, ceil_div(ceil_div(plan.out_h, rows.parts), plan.osh) * plan.ish + plan.reach());
 
   const int64_t tasks = p.n * vectors.count * rows.parts;
   constexpr int64_t kSize = sizeof(T);
   const int64_t in_size = in_rows * plan.in_w * lanes<C>, pixels = round_up(group * plan.out_w, lanes<C>);
-  const ScratchPieces scratch(p.threads, (in_size + 2 * pixels * lanes<C>) * static_cast<int64_t>(sizeof(C)));
-#pragma omp parallel num_threads(p.threads)
+  const ScratchPieces scratch(p.threads, (in_size + 2 * pixels * lanes<C>)*static_cast<int64_t>(sizeof(C)));
+#pragma omp parallel num_threads(threads)
   {
     packed.fill(p, plan);
     C* const held = static_cast<C*>(scratch.piece(omp_get_thread_num()));
@@ -376,7 +384,7 @@ void filter_nchw(const Conv2dParams& p, bool transposed) {
 
 // ---- Weight gradient -------------------------------------------------------------------------------------------------
 
-constexpr int64_t kFlushPixels = 1024;       // of one tap, added up in the compute type before they go to a float64 sum
+constexpr int64_t kFlushPixels = 1024;  // of one tap, added up in the compute type before they go to a float64 sum
 constexpr int64_t kCorrelateBytes = 24 << 10;  // of x and dy: most of L1
 
 // The forward lattice's taps as runs, and how the images are cut.
@@ -389,12 +397,17 @@ struct GradPlan {
   int64_t taps, run_count = 0;
   CorrelateKernel<X> kernel;
   int64_t reach;
-  Cut rows;      // of dy's rows, into strips
-  Cut slices;    // of the strips of all images
+  Cut rows;       // of dy's rows, into strips
+  Cut slices;     // of the strips of all images
   int64_t flush;  // strips
 
   GradPlan(const Conv2dParams& p)
-      : vectors(p.c, lanes<C>), runs(p.r * p.s), where(p.r * p.s), reach((p.r - 1) * p.dilation_h + 1), rows{}, slices{} {
+      : vectors(p.c, lanes<C>),
+        runs(p.r * p.s),
+        where(p.r * p.s),
+        reach((p.r - 1) * p.dilation_h + 1),
+        rows{},
+        slices{} {
     const bool narrow = p.layout == Layout::nhwc && vectors.part < lanes<C>;
     taps = p.dilation_w == 1 && !narrow ? side_by_side(p.s, p.stride_w) : 1;
     kernel = correlate_kernel<X>(taps, p.stride_w, narrow);
@@ -419,13 +432,14 @@ struct GradPlan {
   }
 };
 
-// For one vector of channels: `sums` of all taps over one strip of one image. Fetches the next one's data meanwhile.
+// For one vector of channels: `sums` of all taps over one strip of one image. It is step `now` of
+// `steps` in which x and dy are fetched.
 template <class X>
 void correlate_strip(const Conv2dParams& p, const GradPlan<X>& plan, int64_t p0, int64_t p1, Correlation<X>& b,
-                     compute_t<X>* sums, const Ahead& x, const Ahead& dy) {
+                     compute_t<X>* sums, const Ahead& x, const Ahead& dy, int64_t now, int64_t steps) {
   for (int64_t i = 0; i < plan.run_count; ++i, sums += plan.taps * lanes<compute_t<X>>) {
-    x.fetch(i, plan.run_count);
-    dy.fetch(i, plan.run_count);
+    x.fetch(now * plan.run_count + i, steps * plan.run_count);
+    dy.fetch(now * plan.run_count + i, steps * plan.run_count);
     const Range valid = valid_range(p.p, p.stride_h, plan.runs.data[i].dh, p.h);
     b.first_row = max64(p0, valid.first), b.last_row = min64(p1, valid.last);
     plan.kernel(b, plan.runs.data[i], sums);
@@ -435,6 +449,7 @@ void correlate_strip(const Conv2dParams& p, const GradPlan<X>& plan, int64_t p0,
 template <class T, class X>
 void weight_grad(const Conv2dParams& p, bool nchw) {
   using C = compute_t<T>;
+  const int threads = threads_of(p);
   const GradPlan<X> plan(p);
   const Vectors& vectors = plan.vectors;
   const int64_t taps = p.r * p.s, size = taps * lanes<C>;
@@ -447,7 +462,7 @@ void weight_grad(const Conv2dParams& p, bool nchw) {
   const ScratchPieces scratch(p.threads, (block * size + x_size + dy_size) * static_cast<int64_t>(sizeof(C)));
   const int64_t x_plane = p.h * p.w, dy_plane = p.p * p.q;
   constexpr int64_t kSize = sizeof(T);
-#pragma omp parallel num_threads(p.threads)
+#pragma omp parallel num_threads(threads)
   {
     C* const sums = static_cast<C*>(scratch.piece(omp_get_thread_num()));
     C *const x_held = sums + block * size, *const dy_held = x_held + x_size;
@@ -461,7 +476,8 @@ void weight_grad(const Conv2dParams& p, bool nchw) {
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < slices * blocks.parts; ++task) {
       const int64_t slice = task / blocks.parts, v0 = blocks.begin(task % blocks.parts);
-      const int64_t v1 = blocks.end(task % blocks.parts), first = plan.slices.begin(slice), last = plan.slices.end(slice);
+      const int64_t v1 = blocks.end(task % blocks.parts), first = plan.slices.begin(slice),
+                    last = plan.slices.end(slice);
       double* const total = totals.data + (slice * vectors.count + v0) * size;
       const int64_t count = (v1 - v0) * size;
       for (int64_t i = 0; i < count; ++i) total[i] = 0, sums[i] = 0;
@@ -469,6 +485,25 @@ void weight_grad(const Conv2dParams& p, bool nchw) {
       for (int64_t unit = first; unit < last; ++unit) {
         const int64_t n = unit / plan.rows.parts, p0 = plan.rows.begin(unit % plan.rows.parts);
         const int64_t p1 = plan.rows.end(unit % plan.rows.parts);
+        // The same channels of the next strip.
+        Ahead next_x, next_dy;
+        if (const int64_t later = unit + 1; later < last) {
+          const int64_t image = later / plan.rows.parts, q0 = plan.rows.begin(later % plan.rows.parts);
+          const int64_t q1 = plan.rows.end(later % plan.rows.parts), from = vectors.start(v0);
+          const Range rows = plan.input_rows(p, q0, q1);
+          if (nchw) {
+            next_x = {static_cast<const T*>(p.x) + (image * p.c + from) * x_plane + rows.first * p.w, vectors.part,
+                      x_plane * kSize, (rows.last - rows.first) * p.w * kSize};
+            next_dy = {static_cast<const T*>(p.y) + (image * p.c + from) * dy_plane + q0 * p.q, vectors.part,
+                       dy_plane * kSize, (q1 - q0) * p.q * kSize};
+          } else {
+            const int64_t bytes = (vectors.start(v1 - 1) + vectors.part - from) * kSize;
+            next_x = {static_cast<const T*>(p.x) + (image * x_plane + rows.first * p.w) * p.c + from,
+                      (rows.last - rows.first) * p.w, p.c * kSize, bytes};
+            next_dy = {static_cast<const T*>(p.y) + (image * dy_plane + q0 * p.q) * p.c + from, (q1 - q0) * p.q,
+                       p.c * kSize, bytes};
+          }
+        }
         for (int64_t v = v0; v < v1; ++v) {
           const int64_t c0 = vectors.start(v);
           if constexpr (__is_same(X, C)) {
@@ -486,27 +521,7 @@ void weight_grad(const Conv2dParams& p, bool nchw) {
             b.x = static_cast<const X*>(p.x) + n * x_plane * p.c + c0;
             b.dy = static_cast<const X*>(p.y) + n * dy_plane * p.c + c0;
           }
-          // The next vector of channels, or the first of the next strip.
-          Ahead next_x, next_dy;
-          const bool moves = v + 1 == v1;
-          if (const int64_t later = moves ? unit + 1 : unit; later < last) {
-            const int64_t image = later / plan.rows.parts, q0 = plan.rows.begin(later % plan.rows.parts);
-            const int64_t q1 = plan.rows.end(later % plan.rows.parts);
-            const int64_t from = vectors.start(moves ? v0 : v + 1);
-            const Range rows = plan.input_rows(p, q0, q1);
-            if (nchw) {
-              next_x = {static_cast<const T*>(p.x) + (image * p.c + from) * x_plane + rows.first * p.w, vectors.part,
-                        x_plane * kSize, (rows.last - rows.first) * p.w * kSize};
-              next_dy = {static_cast<const T*>(p.y) + (image * p.c + from) * dy_plane + q0 * p.q, vectors.part,
-                         dy_plane * kSize, (q1 - q0) * p.q * kSize};
-            } else {
-              next_x = {static_cast<const T*>(p.x) + (image * x_plane + rows.first * p.w) * p.c + from,
-                        (rows.last - rows.first) * p.w, p.c * kSize, vectors.part * kSize};
-              next_dy = {static_cast<const T*>(p.y) + (image * dy_plane + q0 * p.q) * p.c + from, (q1 - q0) * p.q,
-                         p.c * kSize, vectors.part * kSize};
-            }
-          }
-          correlate_strip(p, plan, p0, p1, b, sums + (v - v0) * size, next_x, next_dy);
+          correlate_strip(p, plan, p0, p1, b, sums + (v - v0) * size, next_x, next_dy, v - v0, v1 - v0);
         }
         if (++pending == plan.flush || unit + 1 == last) {
           pending = 0;

@@ -48,20 +48,20 @@ template <bool kPart, class T>
 template <class T>
 struct FilterBlock {
   using C = compute_t<T>;
-  const T* in;          // below the block's first output pixel, tap offset (0, 0)
-  int64_t row, pixel;   // elements from one input row, one input pixel to the next
-  int64_t column;       // elements from one column to the next
-  int64_t origin;       // the first column, counted from output pixel 0
-  const Run* runs;      // those whose row lies inside the image
-  int64_t count;        // of the runs
-  const C* filters;     // [run][tap][lane]
-  const C* bias;        // [lane]
-  T* out;               // the block's first pixel
-  int64_t out_pixel;    // elements from one output pixel to the next
-  const T* residual;    // laid out as out; null: none
+  const T* in;         // below the block's first output pixel, tap offset (0, 0)
+  int64_t row, pixel;  // elements from one input row, one input pixel to the next
+  int64_t column;      // elements from one column to the next
+  int64_t origin;      // the first column, counted from output pixel 0
+  const Run* runs;     // those whose row lies inside the image
+  int64_t count;       // of the runs
+  const C* filters;    // [run][tap][lane]
+  const C* bias;       // [lane]
+  T* out;              // the block's first pixel
+  int64_t out_pixel;   // elements from one output pixel to the next
+  const T* residual;   // laid out as out; null: none
   Activation activation;
-  int live;             // pixels that are stored
-  int part;             // lanes that exist, for kPart
+  int live;  // pixels that are stored
+  int part;  // lanes that exist, for kPart
 };
 
 template <class T>
@@ -171,8 +171,8 @@ int64_t side_by_side(int64_t width, int64_t step) {
 template <class T>
 struct Correlation {
   using C = compute_t<T>;
-  const T* x;   // below output pixel (0, 0), tap offset (0, 0)
-  const T* dy;  // output pixel (0, 0)
+  const T* x;                        // below output pixel (0, 0), tap offset (0, 0)
+  const T* dy;                       // output pixel (0, 0)
   int64_t x_row, x_pixel, x_column;  // elements from one input row, input pixel and column to the next
   int64_t x_step;                    // from the input row of one output row to that of the next
   int64_t dy_row, dy_pixel;
@@ -187,8 +187,7 @@ template <class T, int kTaps, int kStep, int kCount, bool kPart, int kSets, clas
   using C = compute_t<T>;
   constexpr int kColumns = kTaps == 1 ? kCount : (kCount - 1) * kStep + kTaps;
   vec<C> d[kCount];
-  unrolled<0, kCount>(
-      [&](auto j) CNNOPS_INLINE { d[j.value] = load_part<kPart>(dy + j.value * b.dy_pixel, b.part); });
+  unrolled<0, kCount>([&](auto j) CNNOPS_INLINE { d[j.value] = load_part<kPart>(dy + j.value * b.dy_pixel, b.part); });
   int64_t at = 0;
   unrolled<0, kColumns>([&](auto w) CNNOPS_INLINE {
     constexpr int kColumn = decltype(w)::value;

@@ -163,20 +163,6 @@ struct Packed {
   }
 };
 
-// Memory that is needed soon: `runs` runs of bytes, `step` bytes apart. Each of `steps` steps of the work before asks for its
-// share. The processor's own prefetchers do not follow reads that jump from pixel to pixel or from plane to plane.
-struct Ahead {
-  const void* first = nullptr;
-  int64_t runs = 0, step = 0, bytes = 0;
-
-  void fetch(int64_t now, int64_t steps) const {
-    for (int64_t run = runs * now / steps; run < runs * (now + 1) / steps; ++run) {
-      const char* const at = static_cast<const char*>(first) + run * step;
-      for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(at + byte, 0, 2);
-    }
-  }
-};
-
 // Output row y for the vectors of channels [v0, v1). `in`: where input row 0 lies or would lie; `out`, `residual`: the output
 // row; all at the first channel of v0. Fetches what comes next meanwhile.
 template <class X, class P>
@@ -392,9 +378,8 @@ template <class X>
 struct GradPlan {
   using C = compute_t<X>;
   Vectors vectors;
-  Scratch<Run> runs;
-  Scratch<int64_t> where;  // of tap t of the runs' order: r * S + s
-  int64_t taps, run_count = 0;
+  Scratch<GradRun> runs;
+  int64_t taps, together, run_count = 0;  // taps of a run, runs of a call
   CorrelateKernel<X> kernel;
   int64_t reach;
   Cut rows;       // of dy's rows, into strips
@@ -402,21 +387,18 @@ struct GradPlan {
   int64_t flush;  // strips
 
   GradPlan(const Conv2dParams& p)
-      : vectors(p.c, lanes<C>),
-        runs(p.r * p.s),
-        where(p.r * p.s),
-        reach((p.r - 1) * p.dilation_h + 1),
-        rows{},
-        slices{} {
+      : vectors(p.c, lanes<C>), runs(p.r * p.s), reach((p.r - 1) * p.dilation_h + 1), rows{}, slices{} {
     const bool narrow = p.layout == Layout::nhwc && vectors.part < lanes<C>;
     taps = p.dilation_w == 1 && !narrow ? side_by_side(p.s, p.stride_w) : 1;
-    kernel = correlate_kernel<X>(taps, p.stride_w, narrow);
+    together = taps == 3 && p.s == 3 && p.r == 3 ? 3 : 1;
+    kernel = correlate_kernel<X>(taps, p.stride_w, together, narrow);
     for (int64_t r = 0; r < p.r; ++r)
       for (int64_t s = 0; s < p.s; s += taps) {
         const int64_t dw = s * p.dilation_w - p.pad_w;
         const Range pixels = valid_range(p.q, p.stride_w, dw, p.w);
         const int64_t dh = r * p.dilation_h - p.pad_h;
-        runs.data[run_count++] = taps > 1 ? Run{dh, dw, -dw, p.w - dw} : Run{dh, dw, pixels.first, pixels.last};
+        runs.data[run_count++] = {taps > 1 ? Run{dh, dw, -dw, p.w - dw} : Run{dh, dw, pixels.first, pixels.last},
+                                  valid_range(p.p, p.stride_h, dh, p.h)};
       }
     const int64_t x_row = p.w * kVectorBytes, dy_row = p.q * kVectorBytes;
     const int64_t fit = (kCorrelateBytes - reach * x_row) / (p.stride_h * x_row + dy_row);
@@ -435,14 +417,14 @@ struct GradPlan {
 // For one vector of channels: `sums` of all taps over one strip of one image. It is step `now` of
 // `steps` in which x and dy are fetched.
 template <class X>
-void correlate_strip(const Conv2dParams& p, const GradPlan<X>& plan, int64_t p0, int64_t p1, Correlation<X>& b,
-                     compute_t<X>* sums, const Ahead& x, const Ahead& dy, int64_t now, int64_t steps) {
-  for (int64_t i = 0; i < plan.run_count; ++i, sums += plan.taps * lanes<compute_t<X>>) {
-    x.fetch(now * plan.run_count + i, steps * plan.run_count);
-    dy.fetch(now * plan.run_count + i, steps * plan.run_count);
-    const Range valid = valid_range(p.p, p.stride_h, plan.runs.data[i].dh, p.h);
-    b.first_row = max64(p0, valid.first), b.last_row = min64(p1, valid.last);
-    plan.kernel(b, plan.runs.data[i], sums);
+void correlate_strip(const GradPlan<X>& plan, int64_t p0, int64_t p1, Correlation<X>& b, compute_t<X>* sums,
+                     int64_t now, int64_t steps) {
+  const int64_t calls = plan.run_count / plan.together, size = plan.together * plan.taps * lanes<compute_t<X>>;
+  b.first_row = p0, b.last_row = p1;
+  b.steps = steps * calls;
+  for (int64_t i = 0; i < calls; ++i, sums += size) {
+    b.now = now * calls + i;
+    plan.kernel(b, plan.runs.data + i * plan.together, sums);
   }
 }
 
@@ -486,22 +468,22 @@ void weight_grad(const Conv2dParams& p, bool nchw) {
         const int64_t n = unit / plan.rows.parts, p0 = plan.rows.begin(unit % plan.rows.parts);
         const int64_t p1 = plan.rows.end(unit % plan.rows.parts);
         // The same channels of the next strip.
-        Ahead next_x, next_dy;
+        b.next_x = b.next_dy = {};
         if (const int64_t later = unit + 1; later < last) {
           const int64_t image = later / plan.rows.parts, q0 = plan.rows.begin(later % plan.rows.parts);
           const int64_t q1 = plan.rows.end(later % plan.rows.parts), from = vectors.start(v0);
           const Range rows = plan.input_rows(p, q0, q1);
           if (nchw) {
-            next_x = {static_cast<const T*>(p.x) + (image * p.c + from) * x_plane + rows.first * p.w, vectors.part,
-                      x_plane * kSize, (rows.last - rows.first) * p.w * kSize};
-            next_dy = {static_cast<const T*>(p.y) + (image * p.c + from) * dy_plane + q0 * p.q, vectors.part,
-                       dy_plane * kSize, (q1 - q0) * p.q * kSize};
+            b.next_x = {static_cast<const T*>(p.x) + (image * p.c + from) * x_plane + rows.first * p.w, vectors.part,
+                        x_plane * kSize, (rows.last - rows.first) * p.w * kSize};
+            b.next_dy = {static_cast<const T*>(p.y) + (image * p.c + from) * dy_plane + q0 * p.q, vectors.part,
+                         dy_plane * kSize, (q1 - q0) * p.q * kSize};
           } else {
             const int64_t bytes = (vectors.start(v1 - 1) + vectors.part - from) * kSize;
-            next_x = {static_cast<const T*>(p.x) + (image * x_plane + rows.first * p.w) * p.c + from,
-                      (rows.last - rows.first) * p.w, p.c * kSize, bytes};
-            next_dy = {static_cast<const T*>(p.y) + (image * dy_plane + q0 * p.q) * p.c + from, (q1 - q0) * p.q,
-                       p.c * kSize, bytes};
+            b.next_x = {static_cast<const T*>(p.x) + (image * x_plane + rows.first * p.w) * p.c + from,
+                        (rows.last - rows.first) * p.w, p.c * kSize, bytes};
+            b.next_dy = {static_cast<const T*>(p.y) + (image * dy_plane + q0 * p.q) * p.c + from, (q1 - q0) * p.q,
+                         p.c * kSize, bytes};
           }
         }
         for (int64_t v = v0; v < v1; ++v) {
@@ -521,7 +503,7 @@ void weight_grad(const Conv2dParams& p, bool nchw) {
             b.x = static_cast<const X*>(p.x) + n * x_plane * p.c + c0;
             b.dy = static_cast<const X*>(p.y) + n * dy_plane * p.c + c0;
           }
-          correlate_strip(p, plan, p0, p1, b, sums + (v - v0) * size, next_x, next_dy, v - v0, v1 - v0);
+          correlate_strip(plan, p0, p1, b, sums + (v - v0) * size, v - v0, v1 - v0);
         }
         if (++pending == plan.flush || unit + 1 == last) {
           pending = 0;

@@ -43,6 +43,20 @@ template <bool kPart, class T>
   return load(p);
 }
 
+// Memory that is needed soon: `runs` runs of bytes, `step` bytes apart. Each of `steps` steps of the work before asks for its
+// share. The processor's own prefetchers do not follow reads that jump from pixel to pixel or from plane to plane.
+struct Ahead {
+  const void* first = nullptr;
+  int64_t runs = 0, step = 0, bytes = 0;
+
+  void fetch(int64_t now, int64_t steps) const {
+    for (int64_t run = runs * now / steps; run < runs * (now + 1) / steps; ++run) {
+      const char* const at = static_cast<const char*>(first) + run * step;
+      for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(at + byte, 0, 2);
+    }
+  }
+};
+
 // ---- Sums over taps --------------------------------------------------------------------------------------------------
 
 template <class T>
@@ -176,18 +190,19 @@ struct Correlation {
   int64_t x_row, x_pixel, x_column;  // elements from one input row, input pixel and column to the next
   int64_t x_step;                    // from the input row of one output row to that of the next
   int64_t dy_row, dy_pixel;
-  int64_t first_row, last_row;  // output rows, for all of which the run's input row lies inside the image
+  int64_t first_row, last_row;  // output rows
   int64_t columns;              // output pixels of a row
+  Ahead next_x, next_dy;        // fetched meanwhile: this is step `now` of `steps`
+  int64_t now, steps;
   int part;
 };
 
 template <class T, int kTaps, int kStep, int kCount, bool kPart, int kSets, class Sums>
-[[gnu::always_inline]] inline void correlate_block(const Correlation<T>& b, const T* x, const T* dy, int64_t first,
-                                                   int64_t last, Sums& sum) {
+[[gnu::always_inline]] inline void correlate_block(const Correlation<T>& b, const T* x,
+                                                   const vec<compute_t<T>> (&d)[kCount], int64_t first, int64_t last,
+                                                   Sums& sum) {
   using C = compute_t<T>;
   constexpr int kColumns = kTaps == 1 ? kCount : (kCount - 1) * kStep + kTaps;
-  vec<C> d[kCount];
-  unrolled<0, kCount>([&](auto j) CNNOPS_INLINE { d[j.value] = load_part<kPart>(dy + j.value * b.dy_pixel, b.part); });
   int64_t at = 0;
   unrolled<0, kColumns>([&](auto w) CNNOPS_INLINE {
     constexpr int kColumn = decltype(w)::value;
@@ -207,26 +222,49 @@ template <class T, int kTaps, int kStep, int kCount, bool kPart, int kSets, clas
   });
 }
 
-// sums[tap][lane] += the run's correlation over the rows.
-template <class T, int kTaps, int kStep, bool kPart>
-void correlate(const Correlation<T>& b, const Run& run, compute_t<T>* sums) {
+struct GradRun {
+  Run run;
+  Range rows;  // the output rows for which its input row lies inside the image
+};
+
+// sums[run][tap][lane] += the correlation of kRuns runs with output rows [b.first_row, b.last_row). Several runs at once read
+// each row of dy once.
+template <class T, int kTaps, int kStep, bool kPart, int kRuns>
+void correlate(const Correlation<T>& b, const GradRun* runs, compute_t<T>* sums) {
   using C = compute_t<T>;
   // A sum waits four cycles for the one before it: fewer taps have several sums each.
-  constexpr int kSets = kTaps == 1 ? 4 : kTaps == 3 ? 2 : 1;
+  constexpr int kSets = kRuns > 1 ? 1 : kTaps == 1 ? 4 : kTaps == 3 ? 2 : 1;
   constexpr int kPixels = kTaps == 1 ? 1 : kStep;  // columns from one output pixel to the next
-  vec<C> sum[kSets][kTaps];
-  unrolled<0, kTaps>([&](auto s) CNNOPS_INLINE {
-    sum[0][s.value] = load(sums + s.value * lanes<C>);
-    unrolled<1, kSets>([&](auto k) CNNOPS_INLINE { sum[k.value][s.value] = vec<C>{}; });
+  vec<C> sum[kRuns][kSets][kTaps];
+  int64_t offset[kRuns];
+  unrolled<0, kRuns>([&](auto r) CNNOPS_INLINE {
+    offset[r.value] = runs[r.value].run.dh * b.x_row + runs[r.value].run.dw * b.x_pixel;
+    unrolled<0, kTaps>([&](auto s) CNNOPS_INLINE {
+      constexpr int kRun = decltype(r)::value, kTap = decltype(s)::value;
+      sum[kRun][0][kTap] = load(sums + (kRun * kTaps + kTap) * lanes<C>);
+      unrolled<1, kSets>([&](auto k) CNNOPS_INLINE { sum[kRun][k.value][kTap] = vec<C>{}; });
+    });
   });
-  for (int64_t i = b.first_row; i < b.last_row; ++i) {
-    const T* x = b.x + i * b.x_step + run.dh * b.x_row + run.dw * b.x_pixel;
+  const Range rows = kRuns == 1 ? runs[0].rows : Range{b.first_row, b.last_row};
+  for (int64_t i = max64(b.first_row, rows.first); i < min64(b.last_row, rows.last); ++i) {
+    const int64_t now = b.now * (b.last_row - b.first_row) + i - b.first_row;
+    b.next_x.fetch(now, b.steps * (b.last_row - b.first_row));
+    b.next_dy.fetch(now, b.steps * (b.last_row - b.first_row));
+    const T* x = b.x + i * b.x_step;
     const T* dy = b.dy + i * b.dy_row;
-    int64_t left = b.columns, first = run.first, last = run.last;
+    // The runs of a block differ by their rows alone, so their columns are the first one's.
+    int64_t left = b.columns, first = runs[0].run.first, last = runs[0].run.last;
     const auto blocks = [&](auto count) CNNOPS_INLINE {
       constexpr int kCount = decltype(count)::value;
       for (; left >= kCount; left -= kCount) {
-        correlate_block<T, kTaps, kStep, kCount, kPart, kSets>(b, x, dy, first, last, sum);
+        vec<C> d[kCount];
+        unrolled<0, kCount>([&](auto j)
+                                CNNOPS_INLINE { d[j.value] = load_part<kPart>(dy + j.value * b.dy_pixel, b.part); });
+        unrolled<0, kRuns>([&](auto r) CNNOPS_INLINE {
+          constexpr int kRun = decltype(r)::value;
+          if (kRuns == 1 || (i >= runs[kRun].rows.first && i < runs[kRun].rows.last))
+            correlate_block<T, kTaps, kStep, kCount, kPart, kSets>(b, x + offset[kRun], d, first, last, sum[kRun]);
+        });
         first -= kCount * kPixels, last -= kCount * kPixels;
         x += kCount * kPixels * b.x_column, dy += kCount * b.dy_pixel;
       }
@@ -236,24 +274,29 @@ void correlate(const Correlation<T>& b, const Run& run, compute_t<T>* sums) {
     blocks(Constant<4>{});
     blocks(Constant<1>{});
   }
-  unrolled<0, kTaps>([&](auto s) CNNOPS_INLINE {
-    unrolled<1, kSets>([&](auto k) CNNOPS_INLINE { sum[0][s.value] += sum[k.value][s.value]; });
-    store(sums + s.value * lanes<C>, sum[0][s.value]);
+  unrolled<0, kRuns>([&](auto r) CNNOPS_INLINE {
+    unrolled<0, kTaps>([&](auto s) CNNOPS_INLINE {
+      constexpr int kRun = decltype(r)::value, kTap = decltype(s)::value;
+      unrolled<1, kSets>([&](auto k) CNNOPS_INLINE { sum[kRun][0][kTap] += sum[kRun][k.value][kTap]; });
+      store(sums + (kRun * kTaps + kTap) * lanes<C>, sum[kRun][0][kTap]);
+    });
   });
 }
 
 template <class T>
-using CorrelateKernel = void (*)(const Correlation<T>&, const Run&, compute_t<T>*);
+using CorrelateKernel = void (*)(const Correlation<T>&, const GradRun*, compute_t<T>*);
+// For so many taps a run, and `runs` of 1, or of 3 runs of 3 taps that differ by their rows alone.
 template <class T>
-CorrelateKernel<T> correlate_kernel(int64_t taps, int64_t step, bool part) {
-  if (part) return &correlate<T, 1, 1, true>;
+CorrelateKernel<T> correlate_kernel(int64_t taps, int64_t step, int64_t runs, bool part) {
+  if (part) return &correlate<T, 1, 1, true, 1>;
+  if (runs == 3) return step == 1 ? &correlate<T, 3, 1, false, 3> : &correlate<T, 3, 2, false, 3>;
   switch (taps * 4 + step) {
-    case 3 * 4 + 1: return &correlate<T, 3, 1, false>;
-    case 5 * 4 + 1: return &correlate<T, 5, 1, false>;
-    case 7 * 4 + 1: return &correlate<T, 7, 1, false>;
-    case 3 * 4 + 2: return &correlate<T, 3, 2, false>;
-    case 5 * 4 + 2: return &correlate<T, 5, 2, false>;
-    default: return &correlate<T, 1, 1, false>;
+    case 3 * 4 + 1: return &correlate<T, 3, 1, false, 1>;
+    case 5 * 4 + 1: return &correlate<T, 5, 1, false, 1>;
+    case 7 * 4 + 1: return &correlate<T, 7, 1, false, 1>;
+    case 3 * 4 + 2: return &correlate<T, 3, 2, false, 1>;
+    case 5 * 4 + 2: return &correlate<T, 5, 2, false, 1>;
+    default: return &correlate<T, 1, 1, false, 1>;
   }
 }
 

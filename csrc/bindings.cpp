@@ -10,6 +10,7 @@ void bind_adaptive_avg_pool2d(py::module_&);
 void bind_adaptive_max_pool2d(py::module_&);
 void bind_avg_pool2d(py::module_&);
 void bind_conv2d(py::module_&);
+void bind_direct(py::module_&);
 void bind_memory(py::module_&);
 void bind_peak(py::module_&);
 void bind_batch_norm(py::module_&);
@@ -56,6 +57,7 @@ PYBIND11_MODULE(_C, m) {
   bind_adaptive_max_pool2d(m);
   bind_avg_pool2d(m);
   bind_conv2d(m);
+  bind_direct(m);
   bind_memory(m);
   bind_peak(m);
   bind_batch_norm(m);

@@ -45,6 +45,7 @@ _DLPACK_TYPES = {
     torch.int64: (0, 64),
 }
 OPERATORS: dict[str, Operator] = {}
+C.set_plain_types(*_PLAIN_TYPES)
 
 
 class Operator:
@@ -191,6 +192,23 @@ def _requires_grad(args: tuple[Any, ...]) -> bool:
     return any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
 
+def direct() -> bool:
+    """Whether a call on plain tensors has nobody to consult: no compiler, autocast, transform, mode or trace is active.
+
+    Then the extension's functions ending in ``_direct`` may be asked, which allocate the result and run the kernel in one
+    call, or refuse with None what is not plain.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
 def supported(input: Tensor, *tensors: Tensor | None) -> bool:
     """Whether the kernels take these tensors: on the CPU (or meta, or fake), strided, of one of the four float dtypes.
 
@@ -313,6 +331,7 @@ __all__ = [
     "C",
     "Operator",
     "dense",
+    "direct",
     "empty",
     "memory_format",
     "needs_composite",

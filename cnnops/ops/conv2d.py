@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _activation
-from ._core import C, Operator, dense, empty, memory_format, needs_composite, pair, supported, threads
+from ._core import C, Operator, dense, direct, empty, memory_format, needs_composite, pair, supported, threads
 from ._padding import resolve
 
 
@@ -88,6 +88,29 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         )
     db = conv2d_bias_grad(dy) if ctx.has_bias and needs[2] else None
     return dx, dw, db, *[None] * 6
+
+
+class _Direct(torch.autograd.Function):
+    """The same for a result that is computed already; geometry as the user gave it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, y: tuple[Tensor], *geometry: Any) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        ctx.given = geometry
+        return y[0]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        stride, padding, dilation, groups = ctx.given
+        top, left = pair(padding, "padding", "conv2d")
+        ctx.geometry = [
+            pair(stride, "stride", "conv2d"), (top, top, left, left), pair(dilation, "dilation", "conv2d"), groups
+        ]  # fmt: skip
+        return *_backward(ctx, dy)[:3], *[None] * 5
+
+
+_Direct.__name__ = _Direct.__qualname__ = "conv2d"
 
 
 def _flops(x: Any, weight: Any, *rest: Any, out_shape: Any = None, **_: Any) -> int:
@@ -320,7 +343,13 @@ def conv2d(
         >>> conv2d(x, w, stride=2, padding="same", activation="relu").shape
         torch.Size([1, 8, 16, 16])
     """
-    act = _activation.index("conv2d", activation)
+    act = _activation.index("conv2d", activation) if activation is not None else 0
+    if residual is None and direct():
+        y = C.conv2d_direct(
+            input, weight, bias, stride, padding, dilation, groups, act, torch.is_grad_enabled(), threads()
+        )
+        if y is not None:
+            return _Direct.apply(input, weight, bias, y, stride, padding, dilation, groups) if type(y) is tuple else y
     if torch.is_autocast_enabled("cpu"):
         input, weight, bias, residual = _autocast(input, weight, bias, residual)  # type: ignore[assignment]
     step, dil = pair(stride, "stride", "conv2d"), pair(dilation, "dilation", "conv2d")

@@ -23,24 +23,27 @@ void destroy(dlpack::ManagedTensor* self) {
   delete owned;
 }
 
-// An uninitialized CPU tensor of the dtype of `like`'s class and this shape, contiguous or (4 dimensions) channels_last.
-py::object empty(py::handle like, const std::vector<int64_t>& shape, int code, int bits, bool channels_last) {
-  const dlpack::ExchangeApi* const api = exchange_api(Py_TYPE(like.ptr()));
+}  // namespace
+
+// An uninitialized CPU tensor of the dtype of `like`'s class and this shape, contiguous or (4 dimensions) channels_last;
+// `data`: its memory.
+py::object empty_tensor(PyObject* like, const int64_t* shape, int ndim, int code, int bits, bool channels_last,
+                        void** data) {
+  const dlpack::ExchangeApi* const api = exchange_api(Py_TYPE(like));
   CNNOPS_CHECK(api, TypeError, "expected a tensor with a DLPack C exchange API");
-  const int ndim = static_cast<int>(shape.size());
   CNNOPS_CHECK(ndim <= Tensor::kMaxDims && (!channels_last || ndim == 4), std::invalid_argument, "a result of ", ndim,
                " dimensions is not supported");
   size_t bytes = static_cast<size_t>(bits / 8);
-  for (int64_t size : shape)
-    CNNOPS_CHECK(size >= 0 && !__builtin_mul_overflow(bytes, static_cast<size_t>(size), &bytes), std::runtime_error,
-                 "the size of the result overflows");
+  for (int i = 0; i < ndim; ++i)
+    CNNOPS_CHECK(shape[i] >= 0 && !__builtin_mul_overflow(bytes, static_cast<size_t>(shape[i]), &bytes),
+                 std::runtime_error, "the size of the result overflows");
   Owned* const owned = new Owned;
   owned->bytes = bytes;
   static constexpr int kContiguous[Tensor::kMaxDims] = {0, 1, 2, 3, 4, 5, 6, 7}, kChannelsLast[] = {0, 2, 3, 1};
   const int* const order = channels_last ? kChannelsLast : kContiguous;
   int64_t stride = 1;
   for (int i = ndim - 1; i >= 0; --i) {
-    owned->shape[order[i]] = shape[static_cast<size_t>(order[i])];
+    owned->shape[order[i]] = shape[order[i]];
     owned->stride[order[i]] = stride;
     stride *= max64(owned->shape[order[i]], 1);
   }
@@ -50,6 +53,7 @@ py::object empty(py::handle like, const std::vector<int64_t>& shape, int code, i
     delete owned;
     throw;
   }
+  *data = owned->managed.tensor.data;
   owned->managed.version = {1, 0};
   owned->managed.manager_ctx = owned;
   owned->managed.deleter = &destroy;
@@ -66,6 +70,13 @@ py::object empty(py::handle like, const std::vector<int64_t>& shape, int code, i
     throw py::error_already_set();
   }
   return py::reinterpret_steal<py::object>(static_cast<PyObject*>(out));
+}
+
+namespace {
+
+py::object empty(py::handle like, const std::vector<int64_t>& shape, int code, int bits, bool channels_last) {
+  void* data;
+  return empty_tensor(like.ptr(), shape.data(), static_cast<int>(shape.size()), code, bits, channels_last, &data);
 }
 
 }  // namespace

@@ -1,5 +1,7 @@
 #include "ops/conv2d.h"
 
+#include "common/arith.h"
+#include "dispatch/direct.h"
 #include "dispatch/op_table.h"
 
 namespace cnnops {
@@ -76,7 +78,8 @@ Conv2dParams validate(const char* op, const Tensor& x, const Tensor& weight, con
   p.x = x.data;
   p.weight = weight.data;
   p.y = y.data;
-  p.threads = threads;
+  // Waking a thread costs as much as some hundred thousand products.
+  p.threads = threads_for(p.n * p.k * p.p * p.q * (p.c / p.groups) * p.r * p.s / 8, threads);
   return p;
 }
 
@@ -124,13 +127,55 @@ void bias_grad(const Tensor& db, const Tensor& dy, int threads, int kernel) {
   expect_contiguous("conv2d_bias_grad", {"bias gradient", &db}, dy.dtype, {p.k});
   p.y = dy.data;
   p.bias = db.data;
-  p.threads = threads;
+  p.threads = threads_for(dy.numel(), threads);
   run(table<Conv2dParams>(), "bias_grad", dy.dtype, p, kernel);
+}
+
+// (input, weight, bias, stride, padding, dilation, groups, activation, grad, threads) -> y, (y,) where a gradient is wanted,
+// or None.
+PyObject* forward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return direct::attempt([&]() -> PyObject* {
+    Tensor x, weight, bias, y;
+    Geometry g;
+    int64_t activation, threads;
+    if (count != 10 || !direct::tensor(args[0], x) || !direct::tensor(args[1], weight) ||
+        !direct::optional_tensor(args[2], bias, 1) || !direct::pair(args[3], g.stride) ||
+        !direct::pair(args[4], g.padding) || !direct::pair(args[5], g.dilation) ||
+        !direct::integer(args[6], g.groups) || !direct::integer(args[7], activation) ||
+        !direct::integer(args[9], threads))
+      return nullptr;
+    const bool wants_grad = args[8] == Py_True && (direct::requires_grad(args[0]) || direct::requires_grad(args[1]) ||
+                                                   direct::requires_grad(args[2]));
+    if (wants_grad && activation) return nullptr;
+    const int64_t k = weight.shape[0];
+    std::array<int64_t, 4> shape = {x.shape[0], k, 0, 0};
+    for (int i = 0; i < 2; ++i) {
+      if (g.stride[i] == 0 || g.dilation[i] == 0) return nullptr;
+      const int64_t room = x.shape[2 + i] + 2 * g.padding[i] - g.dilation[i] * (weight.shape[2 + i] - 1) - 1;
+      if (room < 0) return nullptr;
+      shape[2 + i] = room / g.stride[i] + 1;
+    }
+    const bool last = direct::suggested(x) == Layout::nhwc || direct::suggested(weight) == Layout::nhwc;
+    const Layout layout = last ? Layout::nhwc : Layout::nchw;
+    if (g.groups == 0 || x.shape[1] != weight.shape[1] * g.groups || k % g.groups || weight.dtype != x.dtype ||
+        !direct::dense(x, layout))
+      return nullptr;
+    if (bias.data && (bias.dtype != x.dtype || bias.shape[0] != k || (k > 1 && bias.stride[0] != 1))) return nullptr;
+    py::object made = py::reinterpret_steal<py::object>(direct::empty(args[0], shape, x.dtype, layout, y));
+    Conv2dParams p = validate("conv2d", x, weight, y, g, static_cast<int>(threads));
+    p.bias = bias.data;
+    p.activation = static_cast<Activation>(activation);
+    run(table<Conv2dParams>(), "forward", x.dtype, p, kSelect);
+    return wants_grad ? py::make_tuple(std::move(made)).release().ptr() : made.release().ptr();
+  });
 }
 
 }  // namespace
 
 void bind_conv2d(py::module_& m) {
+  direct::define(m, "conv2d_direct", &forward_direct,
+                 "conv2d_direct(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: Any, "
+                 "padding: Any, dilation: Any, groups: int, activation: int, grad: bool, threads: int) -> object");
   m.def("conv2d_forward", &forward, "y"_a, "x"_a, "weight"_a, "bias"_a, "residual"_a, "stride"_a, "padding"_a,
         "dilation"_a, "groups"_a, "activation"_a, "threads"_a, "kernel"_a = kSelect);
   m.def("conv2d_input_grad", &input_grad, "dx"_a, "dy"_a, "weight"_a, "bias"_a, "stride"_a, "padding"_a, "dilation"_a,

@@ -1,0 +1,304 @@
+// The inner loops of depthwise convolution, for one vector of channels: a block of neighbouring output pixels in registers,
+// over the rows of a filter. A run is kTaps taps side by side in one filter row:
+//
+//   filter_block   the block's sums; each input vector that is loaded meets every tap of the run that it belongs to
+//   correlate      the taps' gradients over several rows of pixels; the same with the roles of taps and pixels exchanged
+//
+// so that the loop is bound by its products, not by loads. Columns of a block are numbered from the leftmost input pixel of
+// its first output pixel; those outside of the image are stepped over, which costs a compare and saves the products with
+// zeros: in a 7 x 7 image a filter of 7 x 7 has only 57% of its taps inside. Runs of one tap take any stride and dilation;
+// there each column is an output pixel's.
+#pragma once
+
+#include "cpu/conv2d_lattice.h"
+#include "cpu/simd/activation.h"
+#include "cpu/simd/vec.h"
+
+namespace cnnops::CNNOPS_ISA {
+namespace {
+
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+// f(Constant<kFrom>{}), ..., f(Constant<kTo - 1>{}), each inlined.
+template <int kFrom, int kTo, class F>
+[[gnu::always_inline]] inline void unrolled(const F& f) {
+  if constexpr (kFrom < kTo) {
+    f(Constant<kFrom>{});
+    unrolled<kFrom + 1, kTo>(f);
+  }
+}
+#define CNNOPS_INLINE __attribute__((always_inline))
+
+struct Run {
+  int64_t dh, dw;       // its first tap reads input pixel (i*ish + dh, j*isw + dw)
+  int64_t first, last;  // its columns, counted from output pixel 0, that lie inside the image
+};
+
+// Loads and stores of a vector, or of its first lanes.
+template <bool kPart, class T>
+[[gnu::always_inline]] inline vec<compute_t<T>> load_part(const T* p, int part) {
+  if constexpr (kPart) return load_n(p, part);
+  return load(p);
+}
+
+// Memory that is needed soon: `runs` runs of bytes, `step` bytes apart. Each of `steps` steps of the work before asks for its
+// share. The processor's own prefetchers do not follow reads that jump from pixel to pixel or from plane to plane.
+struct Ahead {
+  const void* first = nullptr;
+  int64_t runs = 0, step = 0, bytes = 0;
+
+  void fetch(int64_t now, int64_t steps) const {
+    for (int64_t run = runs * now / steps; run < runs * (now + 1) / steps; ++run) {
+      const char* const at = static_cast<const char*>(first) + run * step;
+      for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(at + byte, 0, 2);
+    }
+  }
+};
+
+// ---- Sums over taps --------------------------------------------------------------------------------------------------
+
+template <class T>
+struct FilterBlock {
+  using C = compute_t<T>;
+  const T* in;         // below the block's first output pixel, tap offset (0, 0)
+  int64_t row, pixel;  // elements from one input row, one input pixel to the next
+  int64_t column;      // elements from one column to the next
+  int64_t origin;      // the first column, counted from output pixel 0
+  const Run* runs;     // those whose row lies inside the image
+  int64_t count;       // of the runs
+  const C* filters;    // [run][tap][lane]
+  const C* bias;       // [lane]
+  T* out;              // the block's first pixel
+  int64_t out_pixel;   // elements from one output pixel to the next
+  const T* residual;   // laid out as out; null: none
+  Activation activation;
+  int live;  // pixels that are stored
+  int part;  // lanes that exist, for kPart
+};
+
+template <class T>
+[[gnu::noinline]] void finish_block(const FilterBlock<T>& b, const compute_t<T>* sums) {
+  using C = compute_t<T>;
+  for (int j = 0; j < b.live; ++j) {
+    vec<C> z = load(sums + j * lanes<C>);
+    if (b.residual) z += load_n(b.residual + j * b.out_pixel, b.part);
+    if (b.activation != Activation::none) z = activate<C>(z, b.activation);
+    store_n(b.out + j * b.out_pixel, z, b.part);
+  }
+}
+
+template <class T, int kTaps, int kStep, int kCount, bool kPart>
+void filter_block(const FilterBlock<T>& b) {
+  using C = compute_t<T>;
+  constexpr int kColumns = kTaps == 1 ? kCount : (kCount - 1) * kStep + kTaps;
+  vec<C> sum[kCount];
+  const vec<C> bias = load(b.bias);
+  unrolled<0, kCount>([&](auto j) CNNOPS_INLINE { sum[j.value] = bias; });
+  const C* filter = b.filters;
+  const T* const in = b.in;
+  const int64_t column = b.column, row = b.row, pixel = b.pixel, origin = b.origin;
+  const int part = b.part;
+  for (const Run *run = b.runs, *const end = run + b.count; run < end; ++run, filter += kTaps * lanes<C>) {
+    vec<C> f[kTaps];
+    unrolled<0, kTaps>([&](auto s) CNNOPS_INLINE { f[s.value] = load(filter + s.value * lanes<C>); });
+    int64_t at = run->dh * row + run->dw * pixel;
+    const int64_t first = run->first - origin, last = run->last - origin;
+    unrolled<0, kColumns>([&](auto w) CNNOPS_INLINE {
+      constexpr int kColumn = decltype(w)::value;
+      if (kColumn >= first && kColumn < last) {
+        const vec<C> x = load_part<kPart>(in + at, part);
+        if constexpr (kTaps == 1) {
+          sum[kColumn] += x * f[0];
+        } else {
+          unrolled<0, kTaps>([&](auto s) CNNOPS_INLINE {
+            constexpr int kAhead = kColumn - decltype(s)::value;
+            if constexpr (kAhead >= 0 && kAhead % kStep == 0 && kAhead / kStep < kCount)
+              sum[kAhead / kStep] += x * f[decltype(s)::value];
+          });
+        }
+      }
+      at += column;
+    });
+  }
+  const int live = b.live;
+  const int64_t out_pixel = b.out_pixel;
+  T* const out = b.out;
+  if (!kPart && !b.residual && b.activation == Activation::none) {
+    unrolled<0, kCount>([&](auto j) CNNOPS_INLINE {
+      if (j.value < live) store(out + j.value * out_pixel, sum[j.value]);
+    });
+    return;
+  }
+  // A copy: the sums themselves must not have addresses, or they would not stay in registers above.
+  C finished[kCount * lanes<C>];
+  unrolled<0, kCount>([&](auto j) CNNOPS_INLINE { store(finished + j.value * lanes<C>, sum[j.value]); });
+  finish_block(b, finished);
+}
+
+// Widths of blocks: with the taps of a run they fill the registers.
+#if CNNOPS_ISA_avx512
+constexpr int kWidths[] = {4, 7, 10, 14};
+#else
+constexpr int kWidths[] = {4, 7};
+#endif
+constexpr int kWidthCount = sizeof kWidths / sizeof kWidths[0];
+constexpr int kMostPixels = kWidths[kWidthCount - 1];
+
+template <class T>
+struct FilterKernels {
+  using Kernel = void (*)(const FilterBlock<T>&);
+  Kernel of[kWidthCount];
+
+  template <int kTaps, int kStep, bool kPart>
+  void set() {
+    unrolled<0, kWidthCount>([&](auto i) CNNOPS_INLINE {
+      of[i.value] = &filter_block<T, kTaps, kStep, kWidths[decltype(i)::value], kPart>;
+    });
+  }
+  // taps: as side_by_side gives them.
+  void choose(int64_t taps, int64_t step, bool part) {
+    if (part) return set<1, 1, true>();
+    switch (taps * 4 + step) {
+      case 3 * 4 + 1: return set<3, 1, false>();
+      case 5 * 4 + 1: return set<5, 1, false>();
+      case 7 * 4 + 1: return set<7, 1, false>();
+      case 3 * 4 + 2: return set<3, 2, false>();
+      case 5 * 4 + 2: return set<5, 2, false>();
+      default: return set<1, 1, false>();
+    }
+  }
+};
+
+// How many taps of a filter row a run takes, where `width` of them lie side by side (1: they do not) and output pixels are
+// `step` input pixels apart.
+int64_t side_by_side(int64_t width, int64_t step) {
+  if (step <= 2)
+    for (int64_t taps = step == 1 ? 7 : 5; taps > 1; taps -= 2)
+      if (width % taps == 0) return taps;
+  return 1;
+}
+
+// ---- Gradients of taps -----------------------------------------------------------------------------------------------
+
+template <class T>
+struct Correlation {
+  using C = compute_t<T>;
+  const T* x;                        // below output pixel (0, 0), tap offset (0, 0)
+  const T* dy;                       // output pixel (0, 0)
+  int64_t x_row, x_pixel, x_column;  // elements from one input row, input pixel and column to the next
+  int64_t x_step;                    // from the input row of one output row to that of the next
+  int64_t dy_row, dy_pixel;
+  int64_t first_row, last_row;  // output rows
+  int64_t columns;              // output pixels of a row
+  Ahead next_x, next_dy;        // fetched meanwhile: this is step `now` of `steps`
+  int64_t now, steps;
+  int part;
+};
+
+template <class T, int kTaps, int kStep, int kCount, bool kPart, int kSets, class Sums>
+[[gnu::always_inline]] inline void correlate_block(const Correlation<T>& b, const T* x,
+                                                   const vec<compute_t<T>> (&d)[kCount], int64_t first, int64_t last,
+                                                   Sums& sum) {
+  using C = compute_t<T>;
+  constexpr int kColumns = kTaps == 1 ? kCount : (kCount - 1) * kStep + kTaps;
+  int64_t at = 0;
+  unrolled<0, kColumns>([&](auto w) CNNOPS_INLINE {
+    constexpr int kColumn = decltype(w)::value;
+    if (kColumn >= first && kColumn < last) {
+      const vec<C> v = load_part<kPart>(x + at, b.part);
+      if constexpr (kTaps == 1) {
+        sum[kColumn % kSets][0] += v * d[kColumn];
+      } else {
+        unrolled<0, kTaps>([&](auto s) CNNOPS_INLINE {
+          constexpr int kAhead = kColumn - decltype(s)::value;
+          if constexpr (kAhead >= 0 && kAhead % kStep == 0 && kAhead / kStep < kCount)
+            sum[kColumn / kStep % kSets][decltype(s)::value] += v * d[kAhead / kStep];
+        });
+      }
+    }
+    at += b.x_column;
+  });
+}
+
+struct GradRun {
+  Run run;
+  Range rows;  // the output rows for which its input row lies inside the image
+};
+
+// sums[run][tap][lane] += the correlation of kRuns runs with output rows [b.first_row, b.last_row). Several runs at once read
+// each row of dy once.
+template <class T, int kTaps, int kStep, bool kPart, int kRuns>
+void correlate(const Correlation<T>& b, const GradRun* runs, compute_t<T>* sums) {
+  using C = compute_t<T>;
+  // A sum waits four cycles for the one before it: fewer taps have several sums each.
+  constexpr int kSets = kRuns > 1 ? 1 : kTaps == 1 ? 4 : kTaps == 3 ? 2 : 1;
+  constexpr int kPixels = kTaps == 1 ? 1 : kStep;  // columns from one output pixel to the next
+  vec<C> sum[kRuns][kSets][kTaps];
+  int64_t offset[kRuns];
+  unrolled<0, kRuns>([&](auto r) CNNOPS_INLINE {
+    offset[r.value] = runs[r.value].run.dh * b.x_row + runs[r.value].run.dw * b.x_pixel;
+    unrolled<0, kTaps>([&](auto s) CNNOPS_INLINE {
+      constexpr int kRun = decltype(r)::value, kTap = decltype(s)::value;
+      sum[kRun][0][kTap] = load(sums + (kRun * kTaps + kTap) * lanes<C>);
+      unrolled<1, kSets>([&](auto k) CNNOPS_INLINE { sum[kRun][k.value][kTap] = vec<C>{}; });
+    });
+  });
+  const Range rows = kRuns == 1 ? runs[0].rows : Range{b.first_row, b.last_row};
+  for (int64_t i = max64(b.first_row, rows.first); i < min64(b.last_row, rows.last); ++i) {
+    const int64_t now = b.now * (b.last_row - b.first_row) + i - b.first_row;
+    b.next_x.fetch(now, b.steps * (b.last_row - b.first_row));
+    b.next_dy.fetch(now, b.steps * (b.last_row - b.first_row));
+    const T* x = b.x + i * b.x_step;
+    const T* dy = b.dy + i * b.dy_row;
+    // The runs of a block differ by their rows alone, so their columns are the first one's.
+    int64_t left = b.columns, first = runs[0].run.first, last = runs[0].run.last;
+    const auto blocks = [&](auto count) CNNOPS_INLINE {
+      constexpr int kCount = decltype(count)::value;
+      for (; left >= kCount; left -= kCount) {
+        vec<C> d[kCount];
+        unrolled<0, kCount>([&](auto j)
+                                CNNOPS_INLINE { d[j.value] = load_part<kPart>(dy + j.value * b.dy_pixel, b.part); });
+        unrolled<0, kRuns>([&](auto r) CNNOPS_INLINE {
+          constexpr int kRun = decltype(r)::value;
+          if (kRuns == 1 || (i >= runs[kRun].rows.first && i < runs[kRun].rows.last))
+            correlate_block<T, kTaps, kStep, kCount, kPart, kSets>(b, x + offset[kRun], d, first, last, sum[kRun]);
+        });
+        first -= kCount * kPixels, last -= kCount * kPixels;
+        x += kCount * kPixels * b.x_column, dy += kCount * b.dy_pixel;
+      }
+    };
+    if constexpr (kMostPixels > 7) blocks(Constant<kMostPixels>{});
+    blocks(Constant<7>{});
+    blocks(Constant<4>{});
+    blocks(Constant<1>{});
+  }
+  unrolled<0, kRuns>([&](auto r) CNNOPS_INLINE {
+    unrolled<0, kTaps>([&](auto s) CNNOPS_INLINE {
+      constexpr int kRun = decltype(r)::value, kTap = decltype(s)::value;
+      unrolled<1, kSets>([&](auto k) CNNOPS_INLINE { sum[kRun][0][kTap] += sum[kRun][k.value][kTap]; });
+      store(sums + (kRun * kTaps + kTap) * lanes<C>, sum[kRun][0][kTap]);
+    });
+  });
+}
+
+template <class T>
+using CorrelateKernel = void (*)(const Correlation<T>&, const GradRun*, compute_t<T>*);
+// For so many taps a run, and `runs` of 1, or of 3 runs of 3 taps that differ by their rows alone.
+template <class T>
+CorrelateKernel<T> correlate_kernel(int64_t taps, int64_t step, int64_t runs, bool part) {
+  if (part) return &correlate<T, 1, 1, true, 1>;
+  if (runs == 3) return step == 1 ? &correlate<T, 3, 1, false, 3> : &correlate<T, 3, 2, false, 3>;
+  switch (taps * 4 + step) {
+    case 3 * 4 + 1: return &correlate<T, 3, 1, false, 1>;
+    case 5 * 4 + 1: return &correlate<T, 5, 1, false, 1>;
+    case 7 * 4 + 1: return &correlate<T, 7, 1, false, 1>;
+    case 3 * 4 + 2: return &correlate<T, 3, 2, false, 1>;
+    case 5 * 4 + 2: return &correlate<T, 5, 2, false, 1>;
+    default: return &correlate<T, 1, 1, false, 1>;
+  }
+}
+
+}  // namespace
+}  // namespace cnnops::CNNOPS_ISA

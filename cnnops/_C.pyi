@@ -17,27 +17,219 @@ compiler: str
 def adaptive_avg_pool2d_backward(dx: Tensor, dy: Tensor, threads: int, kernel: int = -1) -> None: ...
 def adaptive_avg_pool2d_forward(y: Tensor, x: Tensor, threads: int, kernel: int = -1) -> None: ...
 def adaptive_max_pool2d_forward(y: Tensor, indices: Tensor, x: Tensor, threads: int, kernel: int = -1) -> None: ...
-def avg_pool2d_backward(dx: Tensor, dy: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], count_include_pad: bool, divisor: int, threads: int, kernel: int = -1) -> None: ...
-def avg_pool2d_forward(y: Tensor, x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], count_include_pad: bool, divisor: int, threads: int, kernel: int = -1) -> None: ...
-def batch_norm_backward(dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, dresidual: Tensor | None, dy: Tensor, x: Tensor, y: Tensor | None, residual: Tensor | None, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, training: bool, eps: float, activation: int, threads: int, kernel: int = -1) -> None: ...
-def batch_norm_forward(y: Tensor, mean: Tensor, var: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, training: bool, eps: float, activation: int, threads: int, kernel: int = -1) -> None: ...
-def batch_norm_update(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float, count: int) -> None: ...
+def avg_pool2d_backward(
+    dx: Tensor,
+    dy: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    count_include_pad: bool,
+    divisor: int,
+    threads: int,
+    kernel: int = -1,
+) -> None: ...
+def avg_pool2d_direct(
+    x: Tensor,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+    ceil_mode: bool,
+    count_include_pad: bool,
+    grad: bool,
+    threads: int,
+) -> Any: ...
+def avg_pool2d_forward(
+    y: Tensor,
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    count_include_pad: bool,
+    divisor: int,
+    threads: int,
+    kernel: int = -1,
+) -> None: ...
+def batch_norm_backward(
+    dx: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    dresidual: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    eps: float,
+    activation: int,
+    threads: int,
+    kernel: int = -1,
+) -> None: ...
+def batch_norm_direct(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: int,
+    grad: bool,
+    threads: int,
+) -> Any: ...
+def batch_norm_forward(
+    y: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+    eps: float,
+    activation: int,
+    threads: int,
+    kernel: int = -1,
+) -> None: ...
+def batch_norm_update(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float, count: int
+) -> None: ...
 def conv2d_bias_grad(db: Tensor, dy: Tensor, threads: int, kernel: int = -1) -> None: ...
-def conv2d_direct(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int, activation: int, grad: bool, threads: int) -> Any: ...
-def conv2d_forward(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, activation: int, threads: int, kernel: int = -1) -> None: ...
-def conv2d_input_grad(dx: Tensor, dy: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, threads: int, kernel: int = -1) -> None: ...
-def conv2d_weight_grad(dw: Tensor, dy: Tensor, x: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, threads: int, kernel: int = -1) -> None: ...
+def conv2d_direct(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    activation: int,
+    grad: bool,
+    threads: int,
+) -> Any: ...
+def conv2d_forward(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: int,
+    threads: int,
+    kernel: int = -1,
+) -> None: ...
+def conv2d_input_grad(
+    dx: Tensor,
+    dy: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    threads: int,
+    kernel: int = -1,
+) -> None: ...
+def conv2d_weight_grad(
+    dw: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    threads: int,
+    kernel: int = -1,
+) -> None: ...
 def empty(like: object, shape: Sequence[int], code: int, bits: int, channels_last: bool) -> Any: ...
-def index_pool2d_backward(dx: Tensor, dy: Tensor, choice: Tensor, kernel_size: Sequence[int] | None, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], threads: int, kernel: int = -1) -> None: ...
-def index_pool2d_gather(dy: Tensor, dx: Tensor, choice: Tensor, kernel_size: Sequence[int] | None, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], threads: int, kernel: int = -1) -> None: ...
+def index_pool2d_backward(
+    dx: Tensor,
+    dy: Tensor,
+    choice: Tensor,
+    kernel_size: Sequence[int] | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    threads: int,
+    kernel: int = -1,
+) -> None: ...
+def index_pool2d_gather(
+    dy: Tensor,
+    dx: Tensor,
+    choice: Tensor,
+    kernel_size: Sequence[int] | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    threads: int,
+    kernel: int = -1,
+) -> None: ...
 def isa_levels() -> list[dict[str, Any]]: ...
 def isa_limit() -> str: ...
 def kernels() -> list[dict[str, Any]]: ...
-def locally_connected2d_forward(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], threads: int, kernel: int = -1) -> None: ...
-def locally_connected2d_input_grad(dx: Tensor, dy: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], threads: int, kernel: int = -1) -> None: ...
-def locally_connected2d_weight_grad(dw: Tensor, dy: Tensor, x: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], threads: int, kernel: int = -1) -> None: ...
-def max_pool2d_forward(y: Tensor, choice: Tensor | None, x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], threads: int, kernel: int = -1) -> None: ...
-def median_pool2d_forward(y: Tensor, choice: Tensor | None, x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], threads: int, kernel: int = -1) -> None: ...
+def locally_connected2d_forward(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    threads: int,
+    kernel: int = -1,
+) -> None: ...
+def locally_connected2d_input_grad(
+    dx: Tensor,
+    dy: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    threads: int,
+    kernel: int = -1,
+) -> None: ...
+def locally_connected2d_weight_grad(
+    dw: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    threads: int,
+    kernel: int = -1,
+) -> None: ...
+def max_pool2d_direct(
+    x: Tensor, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool, grad: bool, threads: int
+) -> Any: ...
+def max_pool2d_forward(
+    y: Tensor,
+    choice: Tensor | None,
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    threads: int,
+    kernel: int = -1,
+) -> None: ...
+def median_pool2d_forward(
+    y: Tensor,
+    choice: Tensor | None,
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    threads: int,
+    kernel: int = -1,
+) -> None: ...
 def memory_empty_cache() -> None: ...
 def memory_set_limit(bytes: int) -> None: ...
 def memory_stats() -> dict[str, Any]: ...

@@ -195,8 +195,8 @@ def _requires_grad(args: tuple[Any, ...]) -> bool:
 def direct() -> bool:
     """Whether a call on plain tensors has nobody to consult: no compiler, autocast, transform, mode or trace is active.
 
-    Then the extension's functions ending in ``_direct`` may be asked, which allocate the result and run the kernel in one
-    call, or refuse with None what is not plain.
+    Then the extension's functions ending in ``_direct`` may be asked, which allocate the result and run the kernel in
+    one call, or refuse with None what is not plain.
     """
     return not (
         torch.compiler.is_compiling()
@@ -207,6 +207,11 @@ def direct() -> bool:
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
     )
+
+
+def applier(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` for calls that :func:`direct` allows: without its look at transforms, which takes 1 µs."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 def supported(input: Tensor, *tensors: Tensor | None) -> bool:
@@ -330,6 +335,7 @@ def prod(values: Sequence[int]) -> int:
 __all__ = [
     "C",
     "Operator",
+    "applier",
     "dense",
     "direct",
     "empty",

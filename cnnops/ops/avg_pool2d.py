@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._core import C, Operator, dense, empty, memory_format, needs_composite, supported, threads
+from ._core import C, Operator, applier, dense, direct, empty, memory_format, needs_composite, supported, threads
 from ._pooling import as_images, check_bool, is_int, output_size, takes_over, window
 
 
@@ -61,6 +61,28 @@ avg_pool2d_op = Operator(
     backward=_backward,
     foldable=(0,),
 )
+
+
+class _Direct(torch.autograd.Function):
+    """The same for a result that is computed already; window as the user gave it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: tuple[Tensor], *given: Any) -> Tensor:
+        ctx.size = x.shape[2:]
+        ctx.channels_last = memory_format(x) is torch.channels_last
+        ctx.given = given
+        return y[0]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        *pairs, ceil_mode, count_include_pad = ctx.given
+        pairs = window("avg_pool2d", *pairs)[:3]
+        dx = avg_pool2d_backward(dy, *ctx.size, *pairs, ceil_mode, count_include_pad, 0, ctx.channels_last)
+        return dx, *[None] * 6
+
+
+_Direct.__name__ = _Direct.__qualname__ = "avg_pool2d"
+_apply = applier(_Direct)
 
 
 def _backward_kernel(
@@ -135,6 +157,11 @@ def avg_pool2d(
         >>> avg_pool2d(torch.ones(1, 3, 8, 8), 2).shape
         torch.Size([1, 3, 4, 4])
     """
+    if divisor_override is None and direct():
+        given = (kernel_size, stride, padding, ceil_mode, count_include_pad)
+        made = C.avg_pool2d_direct(input, *given, torch.is_grad_enabled(), threads())
+        if made is not None:
+            return _apply(input, made, *given) if type(made) is tuple else made
     if takes_over("avg_pool2d", input) or not supported(input) or needs_composite(input):
         return F.avg_pool2d(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
     check_bool(ceil_mode, "ceil_mode", "avg_pool2d")

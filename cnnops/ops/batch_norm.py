@@ -10,7 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _activation
-from ._core import C, Operator, _plain, dense, empty, memory_format, needs_composite, supported, threads
+from ._core import (
+    C,
+    Operator,
+    _plain,
+    applier,
+    dense,
+    direct,
+    empty,
+    memory_format,
+    needs_composite,
+    supported,
+    threads,
+)
 
 
 def _format(x: Tensor) -> torch.memory_format:
@@ -242,6 +254,66 @@ batch_norm_backward = Operator(
 )  # fmt: skip
 
 
+class _DirectTraining(torch.autograd.Function):
+    """Training for a result that is computed already."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, made: tuple[Tensor, ...], eps: float,
+        activation: int
+    ) -> Tensor:  # fmt: skip
+        _save(ctx, x, made[0], None, made[1], made[2], weight, bias, True, eps, activation)
+        return made[0]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
+        return *_gradients(ctx, dy, 0, 1)[:3], None, None, None
+
+
+class _DirectEvaluation(torch.autograd.Function):
+    """Evaluation for a result that is computed already."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, made: tuple[Tensor], mean: Tensor, var: Tensor,
+        eps: float, activation: int
+    ) -> Tensor:  # fmt: skip
+        _save(ctx, x, made[0], None, mean, var, weight, bias, False, eps, activation)
+        return made[0]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
+        return *_gradients(ctx, dy, 0, 1)[:3], *[None] * 5
+
+
+_DirectTraining.__name__ = _DirectTraining.__qualname__ = "batch_norm_training"
+_DirectEvaluation.__name__ = _DirectEvaluation.__qualname__ = "batch_norm_evaluation"
+_apply_training = applier(_DirectTraining)
+_apply_evaluation = applier(_DirectEvaluation)
+
+
+def _directly(
+    input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    training: bool, momentum: float, eps: float, activation: int
+) -> Tensor | None:  # fmt: skip
+    """The whole call by the extension alone, None where that cannot be."""
+    grad = torch.is_grad_enabled()
+    made = C.batch_norm_direct(
+        input, running_mean, running_var, weight, bias, training, momentum, eps, activation, grad, threads()
+    )
+    if type(made) is not tuple:
+        return made
+    if not training:
+        return _apply_evaluation(input, weight, bias, made, running_mean, running_var, eps, activation)
+    if running_mean is not None and running_var is not None:
+        for t in (running_mean, running_var):
+            if not t.is_inference():
+                torch.autograd.graph.increment_version(t)
+    if grad and any(t is not None and t.requires_grad for t in (input, weight, bias)):
+        return _apply_training(input, weight, bias, made, eps, activation)
+    return made[0]
+
+
 def _takes(
     input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     training: bool, momentum: float, eps: float
@@ -353,7 +425,11 @@ def batch_norm(
     Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift",
     2015.
     """
-    act = _activation.index("batch_norm", activation)
+    act = _activation.index("batch_norm", activation) if activation is not None else 0
+    if residual is None and direct():
+        made = _directly(input, running_mean, running_var, weight, bias, training, momentum, eps, act)
+        if made is not None:
+            return made
     if residual is not None and (
         residual.shape != input.shape or residual.dtype != input.dtype or residual.device != input.device
     ):

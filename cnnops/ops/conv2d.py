@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _activation
-from ._core import C, Operator, dense, direct, empty, memory_format, needs_composite, pair, supported, threads
+from ._core import C, Operator, applier, dense, direct, empty, memory_format, needs_composite, pair, supported, threads
 from ._padding import resolve
 
 
@@ -111,6 +111,7 @@ class _Direct(torch.autograd.Function):
 
 
 _Direct.__name__ = _Direct.__qualname__ = "conv2d"
+_apply = applier(_Direct)
 
 
 def _flops(x: Any, weight: Any, *rest: Any, out_shape: Any = None, **_: Any) -> int:
@@ -349,7 +350,7 @@ def conv2d(
             input, weight, bias, stride, padding, dilation, groups, act, torch.is_grad_enabled(), threads()
         )
         if y is not None:
-            return _Direct.apply(input, weight, bias, y, stride, padding, dilation, groups) if type(y) is tuple else y
+            return _apply(input, weight, bias, y, stride, padding, dilation, groups) if type(y) is tuple else y
     if torch.is_autocast_enabled("cpu"):
         input, weight, bias, residual = _autocast(input, weight, bias, residual)  # type: ignore[assignment]
     step, dil = pair(stride, "stride", "conv2d"), pair(dilation, "dilation", "conv2d")

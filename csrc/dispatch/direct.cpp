@@ -15,6 +15,15 @@ namespace {
 
 PyObject *plain_types[2] = {}, *is_neg_name, *requires_grad_name;
 
+struct Code {
+  int code, bits;
+};
+Code code_of(DType dtype) {
+  static constexpr Code kCodes[] = {{dlpack::kFloat, 32}, {dlpack::kFloat, 64}, {dlpack::kBfloat, 16},
+                                    {dlpack::kFloat, 16}, {dlpack::kUint, 8},   {dlpack::kInt, 64}};
+  return kCodes[static_cast<int>(dtype)];
+}
+
 }  // namespace
 
 bool tensor(PyObject* object, Tensor& out, int ndim) {
@@ -80,13 +89,8 @@ bool dense(const Tensor& t, Layout layout) {
   return true;
 }
 
-PyObject* empty(PyObject* like, std::array<int64_t, 4> shape, DType dtype, Layout layout, Tensor& out) {
-  struct Code {
-    int code, bits;
-  };
-  static constexpr Code kCodes[] = {{dlpack::kFloat, 32}, {dlpack::kFloat, 64}, {dlpack::kBfloat, 16},
-                                    {dlpack::kFloat, 16}, {dlpack::kUint, 8},   {dlpack::kInt, 64}};
-  const Code code = kCodes[static_cast<int>(dtype)];
+py::object empty(PyObject* like, std::array<int64_t, 4> shape, DType dtype, Layout layout, Tensor& out) {
+  const Code code = code_of(dtype);
   const bool channels_last = layout == Layout::nhwc;
   py::object made = empty_tensor(like, shape.data(), 4, code.code, code.bits, channels_last, &out.data);
   out.ndim = 4;
@@ -99,7 +103,28 @@ PyObject* empty(PyObject* like, std::array<int64_t, 4> shape, DType dtype, Layou
     out.stride[d] = stride;
     stride *= out.shape[d];
   }
-  return made.release().ptr();
+  return made;
+}
+
+py::object empty_vector(PyObject* like, int64_t size, DType dtype, Tensor& out) {
+  const Code code = code_of(dtype);
+  py::object made = empty_tensor(like, &size, 1, code.code, code.bits, false, &out.data);
+  out.ndim = 1;
+  out.dtype = dtype;
+  out.shape[0] = size;
+  out.stride[0] = 1;
+  return made;
+}
+
+bool number(PyObject* object, double& out) {
+  if (!PyFloat_CheckExact(object)) return false;
+  out = PyFloat_AS_DOUBLE(object);
+  return true;
+}
+
+bool truth(PyObject* object, bool& out) {
+  out = object == Py_True;
+  return PyBool_Check(object);
 }
 
 void define(py::module_& m, const char* name, Function function, const char* doc) {

@@ -25,7 +25,12 @@ Layout suggested(const Tensor& t);
 bool dense(const Tensor& t, Layout layout);
 
 // A new tensor like one that `tensor` took, and its description.
-PyObject* empty(PyObject* like, std::array<int64_t, 4> shape, DType dtype, Layout layout, Tensor& out);
+pybind11::object empty(PyObject* like, std::array<int64_t, 4> shape, DType dtype, Layout layout, Tensor& out);
+pybind11::object empty_vector(PyObject* like, int64_t size, DType dtype, Tensor& out);
+
+// A float, or a truth value.
+bool number(PyObject* object, double& out);
+bool truth(PyObject* object, bool& out);
 
 // Runs `call`, which returns a new reference or null for a refusal; an exception is a refusal too: the long way will meet
 // what caused it and say it better.

@@ -1,6 +1,6 @@
 #include "ops/avg_pool2d.h"
 
-#include "dispatch/op_table.h"
+#include "ops/pool2d_args.h"
 
 namespace cnnops {
 
@@ -31,7 +31,7 @@ AvgPool2dParams validate(const char* op, const Tensor& in, const Tensor& out, co
   p.divisor = divisor;
   p.in = in.data;
   p.out = out.data;
-  p.threads = threads;
+  p.threads = threads_for(x.numel(), threads);
   return p;
 }
 
@@ -49,9 +49,30 @@ void backward(const Tensor& dx, const Tensor& dy, std::array<int64_t, 2> kernel_
       kernel);
 }
 
+// -> y, (y,) where a gradient is wanted, or None.
+PyObject* forward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return direct::attempt([&]() -> PyObject* {
+    DirectWindow w;
+    int64_t threads;
+    bool grad, count_include_pad;
+    if (count != 8 || !w.read(args) || !direct::truth(args[4], w.ceil_mode) ||
+        !direct::truth(args[5], count_include_pad) || !direct::integer(args[7], threads) || !w.measure())
+      return nullptr;
+    if (!direct::truth(args[6], grad)) return nullptr;
+    Tensor y;
+    py::object made = direct::empty(args[0], w.shape, w.x.dtype, w.layout, y);
+    forward(y, w.x, w.kernel, w.stride, w.padding, count_include_pad, 0, static_cast<int>(threads), kSelect);
+    if (grad && direct::requires_grad(args[0])) return py::make_tuple(std::move(made)).release().ptr();
+    return made.release().ptr();
+  });
+}
+
 }  // namespace
 
 void bind_avg_pool2d(py::module_& m) {
+  direct::define(m, "avg_pool2d_direct", &forward_direct,
+                 "avg_pool2d_direct(x: torch.Tensor, kernel_size: Any, stride: Any, padding: Any, ceil_mode: bool, "
+                 "count_include_pad: bool, grad: bool, threads: int) -> object");
   m.def("avg_pool2d_forward", &forward, "y"_a, "x"_a, "kernel_size"_a, "stride"_a, "padding"_a, "count_include_pad"_a,
         "divisor"_a, "threads"_a, "kernel"_a = kSelect);
   m.def("avg_pool2d_backward", &backward, "dx"_a, "dy"_a, "kernel_size"_a, "stride"_a, "padding"_a,

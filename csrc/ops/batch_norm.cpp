@@ -1,6 +1,7 @@
 #include "ops/batch_norm.h"
 
 #include "common/scratch.h"
+#include "dispatch/direct.h"
 #include "dispatch/op_table.h"
 
 namespace cnnops {
@@ -128,9 +129,64 @@ void update(const Tensor& running_mean, const Tensor& running_var, const Tensor&
   }
 }
 
+// -> y, (y, mean, var) in training, (y,) in evaluation where a gradient is wanted, or None; training updates the running
+// statistics, if there are any.
+PyObject* forward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return direct::attempt([&]() -> PyObject* {
+    Tensor x, y;
+    Tensor vectors[4];  // running mean and variance, weight, bias
+    bool training, grad;
+    double momentum, eps;
+    int64_t activation, threads;
+    if (count != 11 || !direct::tensor(args[0], x) || !direct::truth(args[5], training) ||
+        !direct::number(args[6], momentum) || !direct::number(args[7], eps) || !direct::integer(args[8], activation) ||
+        !direct::truth(args[9], grad) || !direct::integer(args[10], threads))
+      return nullptr;
+    const int64_t c = x.shape[1];
+    DType dtype = DType::other;
+    for (int i = 0; i < 4; ++i) {
+      Tensor& t = vectors[i];
+      if (!direct::optional_tensor(args[1 + i], t, 1)) return nullptr;
+      if (!t.data) continue;
+      if (dtype == DType::other) dtype = t.dtype;
+      if (t.shape[0] != c || (c > 1 && t.stride[0] != 1) || t.dtype != dtype) return nullptr;
+      if (i < 2 && direct::requires_grad(args[1 + i])) return nullptr;
+    }
+    if (dtype != DType::other && dtype != x.dtype &&
+        !(dtype == DType::f32 && (x.dtype == DType::bf16 || x.dtype == DType::f16)))
+      return nullptr;
+    if (!vectors[0].data != !vectors[1].data || (!training && !vectors[0].data) || !(eps > 0) ||
+        (training && x.numel() == c))
+      return nullptr;
+    const Layout layout = direct::dense(x, Layout::nchw) ? Layout::nchw : direct::suggested(x);
+    if (!direct::dense(x, layout)) return nullptr;
+    const auto optional = [&](int i) { return vectors[i].data ? OptionalTensor(vectors[i]) : std::nullopt; };
+    py::object made = direct::empty(args[0], {x.shape[0], c, x.shape[2], x.shape[3]}, x.dtype, layout, y), mean, var;
+    Tensor means = vectors[0], vars = vectors[1];
+    if (training) {
+      mean = direct::empty_vector(args[0], c, DType::f64, means);
+      var = direct::empty_vector(args[0], c, DType::f64, vars);
+    }
+    forward(y, means, vars, x, optional(2), optional(3), std::nullopt, training, eps, static_cast<int>(activation),
+            static_cast<int>(threads), kSelect);
+    if (training) {
+      if (vectors[0].data) update(vectors[0], vectors[1], means, vars, momentum, x.numel() / c);
+      return py::make_tuple(std::move(made), std::move(mean), std::move(var)).release().ptr();
+    }
+    if (grad && (direct::requires_grad(args[0]) || direct::requires_grad(args[3]) || direct::requires_grad(args[4])))
+      return py::make_tuple(std::move(made)).release().ptr();
+    return made.release().ptr();
+  });
+}
+
 }  // namespace
 
 void bind_batch_norm(py::module_& m) {
+  direct::define(
+      m, "batch_norm_direct", &forward_direct,
+      "batch_norm_direct(x: torch.Tensor, running_mean: torch.Tensor | None, running_var: torch.Tensor | None, "
+      "weight: torch.Tensor | None, bias: torch.Tensor | None, training: bool, momentum: float, eps: float, "
+      "activation: int, grad: bool, threads: int) -> object");
   m.def("batch_norm_forward", &forward, "y"_a, "mean"_a, "var"_a, "x"_a, "weight"_a, "bias"_a, "residual"_a,
         "training"_a, "eps"_a, "activation"_a, "threads"_a, "kernel"_a = kSelect);
   m.def("batch_norm_backward", &backward, "dx"_a, "dweight"_a, "dbias"_a, "dresidual"_a, "dy"_a, "x"_a, "y"_a,

@@ -161,7 +161,7 @@ PyObject* forward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
         !direct::dense(x, layout))
       return nullptr;
     if (bias.data && (bias.dtype != x.dtype || bias.shape[0] != k || (k > 1 && bias.stride[0] != 1))) return nullptr;
-    py::object made = py::reinterpret_steal<py::object>(direct::empty(args[0], shape, x.dtype, layout, y));
+    py::object made = direct::empty(args[0], shape, x.dtype, layout, y);
     Conv2dParams p = validate("conv2d", x, weight, y, g, static_cast<int>(threads));
     p.bias = bias.data;
     p.activation = static_cast<Activation>(activation);

@@ -1,6 +1,7 @@
 // Checks of the pooling operators' arguments, for csrc/ops/*.cpp.
 #pragma once
 
+#include "dispatch/direct.h"
 #include "dispatch/op_table.h"
 #include "ops/pool2d.h"
 
@@ -48,8 +49,39 @@ inline PickParams pick_params(const char* op, const Tensor& y, const std::option
     expect_layout(op, {"choice", &*choice}, choice->dtype, p.layout);
     p.choice = choice->data;
   }
-  p.x = x.data, p.y = y.data, p.threads = threads;
+  p.x = x.data, p.y = y.data, p.threads = threads_for(x.numel(), threads);
   return p;
 }
+
+// The arguments (input, kernel_size, stride or None, padding) of a direct call.
+struct DirectWindow {
+  Tensor x;
+  Pair kernel, stride, padding, dilation = {1, 1};
+  bool ceil_mode;
+  Layout layout;
+  std::array<int64_t, 4> shape;  // of the output
+
+  bool read(PyObject* const* args) {
+    if (!direct::tensor(args[0], x) || !direct::pair(args[1], kernel) || !direct::pair(args[3], padding)) return false;
+    stride = kernel;
+    layout = direct::suggested(x);
+    return (args[2] == Py_None || direct::pair(args[2], stride)) && direct::dense(x, layout);
+  }
+  // False where a value or the output's size is an error.
+  bool measure() {
+    shape = {x.shape[0], x.shape[1], 0, 0};
+    for (int i = 0; i < 2; ++i) {
+      if (kernel[i] == 0 || stride[i] == 0 || dilation[i] == 0 || padding[i] > kernel[i] / 2) return false;
+      const int64_t size = x.shape[2 + i];
+      const int64_t room = size + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1 + (ceil_mode ? stride[i] - 1 : 0);
+      if (room < 0) return false;
+      int64_t out = room / stride[i] + 1;
+      if (ceil_mode && (out - 1) * stride[i] >= size + padding[i]) --out;
+      if (out < 1) return false;
+      shape[2 + i] = out;
+    }
+    return true;
+  }
+};
 
 }  // namespace cnnops

@@ -51,7 +51,9 @@ def truth(name: str, x: Tensor, w: Tensor, dy: Tensor) -> Tensor:
     return torch.nn.grad.conv2d_weight(x, w.shape, dy, 1, 1)
 
 
-def tensors(format: torch.memory_format, n: int = 3, c: int = 40, k: int = 56, h: int = 20, w: int = 17) -> list[Tensor]:
+def tensors(
+    format: torch.memory_format, n: int = 3, c: int = 40, k: int = 56, h: int = 20, w: int = 17
+) -> list[Tensor]:
     shapes = ((n, c, h, w), (k, c, 3, 3), (n, k, h, w))
     return [torch.randn(s).contiguous(memory_format=format) for s in shapes]
 
@@ -88,7 +90,7 @@ def test_every_element_is_within_the_bound_of_a_sum_of_products(
     case = [t.contiguous(memory_format=format) for t in DATA[data](*tensors(format))]
     got, expected = run(name, *case).double(), truth(name, *case)
     magnitude = truth(name, *(t.abs() for t in case))
-    # What a chain of multiply-adds keeps in practice; PyTorch's own convolution needs more (up to 50 for positive data).
+    # What a chain of multiply-adds keeps in practice; PyTorch needs up to 50 for positive data.
     assert ((got - expected).abs() <= 16 * torch.finfo(torch.float32).eps * magnitude + 1e-44).all()
     if data in ("half the image black", "zero"):
         assert (got[expected == 0] == 0).all()
@@ -96,8 +98,8 @@ def test_every_element_is_within_the_bound_of_a_sum_of_products(
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("name", PASSES)
-@pytest.mark.parametrize("value", (float("inf"), float("-inf"), float("nan"), 3e38))
-@pytest.mark.parametrize("place", ((0, 0, 0, 0), (1, 7, 9, 16), (2, 39, 19, 8)))
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 3e38])
+@pytest.mark.parametrize("place", [(0, 0, 0, 0), (1, 7, 9, 16), (2, 39, 19, 8)])
 def test_what_is_not_finite_stays_where_it_belongs(
     place: tuple, value: float, name: str, format: torch.memory_format
 ) -> None:
@@ -118,7 +120,7 @@ def test_it_is_what_runs_on_fit_data(name: str, format: torch.memory_format) -> 
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("name", PASSES)
-@pytest.mark.parametrize("size", (dict(n=2, c=80, k=144, h=14, w=13), dict(n=1, c=160, k=200, h=30, w=30)))
+@pytest.mark.parametrize("size", [dict(n=2, c=80, k=144, h=14, w=13), dict(n=1, c=160, k=200, h=30, w=30)])
 def test_any_number_of_threads_gives_the_same_bits(name: str, size: dict, format: torch.memory_format) -> None:
     case = tensors(format, **size)
     before, results = torch.get_num_threads(), []

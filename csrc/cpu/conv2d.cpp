@@ -295,8 +295,8 @@ void compute_block(const Problem<T>& g, const Panels<compute_t<T>>& panels, cons
   }
   // channels_last finds the pixels of one tap as the tiles want them: row by row for a 1x1 convolution of step 1.
   const bool in_place = __is_same(T, C) && !nchw && g.chunk_taps == 1;
-  const bool in_rows = in_place && l.count == 1 && l.ish == 1 && l.isw == 1 && g.taps[0].dh == 0 &&
-                       g.taps[0].dw == 0 && l.columns == g.in_w && l.rows == g.in_h;
+  const bool in_rows = in_place && l.count == 1 && l.ish == 1 && l.isw == 1 && g.taps[0].dh == 0 && g.taps[0].dw == 0 &&
+                       l.columns == g.in_w && l.rows == g.in_h;
   const int64_t run_count = find_runs(l.rows, l.columns, begin, pixels, nchw ? kColumns : pixels, runs);
   bool add = false;
   for (int64_t c0 = 0; c0 < g.in_channels; c0 += g.chunk_channels) {
@@ -676,13 +676,11 @@ void weight_grad(const Conv2dParams& p) {
             const int tile_rows = static_cast<int>(min64(kTileRows, terms - i));
             C* const to = sums + i * g.filter_pitch + k;
             if (neighbours(offset + i, tile_rows))
-              gemm_tile<C>(tile_rows, vecs,
-                           ColumnRows<C>{strip + offset[i], p.stride_w * step_w, p.stride_h * step_h}, filters + k,
-                           pitch, p.q, rows, to, g.filter_pitch, chunk > first);
+              gemm_tile<C>(tile_rows, vecs, ColumnRows<C>{strip + offset[i], p.stride_w * step_w, p.stride_h * step_h},
+                           filters + k, pitch, p.q, rows, to, g.filter_pitch, chunk > first);
             else
-              gemm_tile<C>(tile_rows, vecs,
-                           OffsetRows<C>{strip, offset + i, p.stride_w * step_w, p.stride_h * step_h}, filters + k,
-                           pitch, p.q, rows, to, g.filter_pitch, chunk > first);
+              gemm_tile<C>(tile_rows, vecs, OffsetRows<C>{strip, offset + i, p.stride_w * step_w, p.stride_h * step_h},
+                           filters + k, pitch, p.q, rows, to, g.filter_pitch, chunk > first);
           }
         }
       }

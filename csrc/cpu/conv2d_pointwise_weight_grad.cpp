@@ -175,8 +175,8 @@ void weight_grad(const Conv2dParams& p) {
       const int64_t group = block / g.channel_blocks / g.filter_blocks;
       if (k0 + k >= g.group_k) continue;
       const C* const z = partial.data + block * g.slices * z_size + k * g.channels;
-      T* const to = static_cast<T*>(p.weight) + (group * g.group_k + k0 + k) * p.weight_stride[0] +
-                    c0 * p.weight_stride[1];
+      T* const to =
+          static_cast<T*>(p.weight) + (group * g.group_k + k0 + k) * p.weight_stride[0] + c0 * p.weight_stride[1];
       const int64_t channels = min64(g.channels, g.group_c - c0);
       for (int64_t c = 0; c < channels; c += lanes<C>) {
         const int part = static_cast<int>(min64(channels - c, lanes<C>));

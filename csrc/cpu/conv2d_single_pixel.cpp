@@ -17,8 +17,8 @@
 namespace cnnops::CNNOPS_ISA {
 namespace {
 
-constexpr int64_t kRows = 4;             // rows of weights per visit of x
-constexpr int64_t kAlone = 1 << 16;      // weights that one thread reads before another one has begun
+constexpr int64_t kRows = 4;         // rows of weights per visit of x
+constexpr int64_t kAlone = 1 << 16;  // weights that one thread reads before another one has begun
 
 int threads_for(const Conv2dParams& p) { return p.n * p.k * p.c < kAlone ? 1 : p.threads; }
 

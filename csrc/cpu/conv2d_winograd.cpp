@@ -36,12 +36,12 @@ CNNOPS_DIRECT(f16)
 
 namespace {
 
-constexpr int64_t kTiles = 48;         // tiles of a block
-constexpr int64_t kChunk = 128;        // channels between two visits of the accumulators
-constexpr int64_t kFlush = 32;         // terms of a sum in NCHW, where PyTorch's own error is the lower one
-constexpr int64_t kBlockFilters = 96;  // with kTiles: 295 KB of M
+constexpr int64_t kTiles = 48;          // tiles of a block
+constexpr int64_t kChunk = 128;         // channels between two visits of the accumulators
+constexpr int64_t kFlush = 32;          // terms of a sum in NCHW, where PyTorch's own error is the lower one
+constexpr int64_t kBlockFilters = 96;   // with kTiles: 295 KB of M
 constexpr int64_t kTasksPerThread = 4;  // enough for an even share
-constexpr int64_t kFewBlocks = 2;      // of tiles: too few to pay for writing U to memory
+constexpr int64_t kFewBlocks = 2;       // of tiles: too few to pay for writing U to memory
 constexpr int64_t kPackChannels = 16;
 
 // Lanes [first, last) of the vector at p, the others zero; nothing else is touched.
@@ -52,8 +52,10 @@ template <class T>
 #if CNNOPS_ISA_avx512
   if constexpr (__is_same(T, float)) {
     const unsigned below = last >= kLanes ? 0xffffu : last <= 0 ? 0 : (1u << last) - 1;
-    return reinterpret_cast<vec<float>>(
-        _mm512_maskz_loadu_ps(below & (0xffffu << (first < 0 ? 0 : first > 16 ? 16 : first)), p));
+    return reinterpret_cast<vec<float>>(_mm512_maskz_loadu_ps(below & (0xffffu << (first < 0    ? 0
+                                                                                   : first > 16 ? 16
+                                                                                                : first)),
+                                                              p));
   }
 #endif
   vec<compute_t<T>> out = {};
@@ -79,7 +81,7 @@ struct Problem {
   const T* residual;
   Activation activation;
 
-  int64_t chunk, chunks;  // channels of a chunk, at most; their number
+  int64_t chunk, chunks;                   // channels of a chunk, at most; their number
   int64_t pitch(int64_t channels) const {  // of a row of V
     return layout == Layout::nchw ? kTiles : round_up(channels, lanes<C>);
   }
@@ -358,8 +360,8 @@ void multiply(const Problem<T>& g, const Panels<compute_t<T>>& panels, int64_t f
         for (int64_t t = 0; t < tiles; t += kTileColumns<C>) {
           const int vecs = static_cast<int>(min64(kTileVecs, ceil_div(tiles - t, lanes<C>)));
           gemm_tile<C>(static_cast<int>(min64(kTileRows, g.out_channels - panels.begin(panel))), vecs,
-                       PackedRows<C>{filters}, v + f * step + t, kTiles, channels, 1,
-                       m + f * m_step + at * m_pitch + t, m_pitch, chunk > 0, kFlush);
+                       PackedRows<C>{filters}, v + f * step + t, kTiles, channels, 1, m + f * m_step + at * m_pitch + t,
+                       m_pitch, chunk > 0, kFlush);
         }
       } else {
         for (int64_t t = 0; t < tiles; t += kTileRows)
@@ -400,7 +402,8 @@ bool run(const Conv2dParams& p, bool transposed) {
   const int64_t block_panels = min64(max64(1, kBlockFilters / widest), panels.count);
   const int64_t filter_blocks = ceil_div(panels.count, block_panels);
   int64_t shares = 1;  // tasks among which the blocks of filters of one block of tiles are dealt out
-  while (p.threads > 1 && tile_blocks * p.groups * shares < kTasksPerThread * p.threads && shares < filter_blocks) ++shares;
+  while (p.threads > 1 && tile_blocks * p.groups * shares < kTasksPerThread * p.threads && shares < filter_blocks)
+    ++shares;
   const bool share_u = tile_blocks > kFewBlocks;
 
   const int64_t group_u = kFrequencies * (g.in_channels * panels.channels() + panels.count * g.chunks * kPad);
@@ -486,8 +489,7 @@ bool run(const Conv2dParams& p, bool transposed) {
           for (int64_t panel = first; panel < last; ++panel) {
             const int64_t width = panels.width(panel);
             if (share_u) {
-              u[panel - first] =
-                  all_u.data + group_index * group_u + panel_offset(panel) + u_offset(g, width, chunk);
+              u[panel - first] = all_u.data + group_index * group_u + panel_offset(panel) + u_offset(g, width, chunk);
             } else {
               C* const to = mine.u + (panel - first) * panel_u;
               transform_filters(group, panels.begin(panel), width, c0, c1, to,
@@ -527,7 +529,7 @@ bool run(const Conv2dParams& p, bool transposed) {
   return !unfit;
 }
 
-#define CNNOPS_DIRECT(T, dtype)                                               \
+#define CNNOPS_DIRECT(T, dtype)                                                 \
   void direct_forward(T*, const Conv2dParams& p) { conv2d_forward_##dtype(p); } \
   void direct_input_grad(T*, const Conv2dParams& p) { conv2d_input_grad_##dtype(p); }
 CNNOPS_DIRECT(float, f32)
@@ -547,7 +549,7 @@ void input_grad(const Conv2dParams& p) {
 
 }  // namespace
 
-#define CNNOPS_EXPORT_WINOGRAD(T, dtype)                                                        \
+#define CNNOPS_EXPORT_WINOGRAD(T, dtype)                                         \
   void conv2d_winograd_forward_##dtype(const Conv2dParams& p) { forward<T>(p); } \
   void conv2d_winograd_input_grad_##dtype(const Conv2dParams& p) { input_grad<T>(p); }
 CNNOPS_EXPORT_WINOGRAD(float, f32)

@@ -15,7 +15,7 @@
 namespace cnnops::CNNOPS_ISA {
 namespace {
 
-constexpr int64_t kPad = 16;           // elements between matrices: powers of two apart, they would share cache sets
+constexpr int64_t kPad = 16;  // elements between matrices: powers of two apart, they would share cache sets
 
 // What the sums of magnitudes must keep for the result to be as good as a direct kernel's.
 constexpr float kMostRatio = 64, kLargest = 1e15f, kSmallest = 1e-15f;

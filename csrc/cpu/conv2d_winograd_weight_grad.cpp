@@ -26,8 +26,8 @@ void conv2d_weight_grad_f16(const Conv2dParams&);
 
 namespace {
 
-constexpr int64_t kTiles = 48;                           // tiles whose products are summed before Z is visited
-constexpr int64_t kFlush = 24;                           // tiles of one running sum
+constexpr int64_t kTiles = 48;                               // tiles whose products are summed before Z is visited
+constexpr int64_t kFlush = 24;                               // tiles of one running sum
 constexpr int64_t kBlockFilters = 64, kBlockChannels = 128;  // of a task: 524 KB of Z
 constexpr float kMostFailed = 16;     // the share of the magnitudes that may lie in tiles of too many sizes is 1 / this
 constexpr int64_t kWantedTasks = 16;  // enough to balance a few threads; fixed, so that cuts do not depend on threads

@@ -29,8 +29,8 @@
   CNNOPS_KERNELS_X86(pass, avx512, function, accepts) \
   CNNOPS_KERNELS_X86(pass, avx2, function, accepts)   \
   CNNOPS_KERNELS(pass, baseline, function, accepts)
-#define CNNOPS_KERNELS_ALL(pass, function, accepts)  \
-  CNNOPS_KERNELS_CPU(pass, function, accepts)        \
+#define CNNOPS_KERNELS_ALL(pass, function, accepts) \
+  CNNOPS_KERNELS_CPU(pass, function, accepts)       \
   CNNOPS_KERNELS(pass, reference, function, accepts)
 // A kernel at every level that computes in float32: not for float64.
 #define CNNOPS_KERNELS_FLOAT(pass, isa, function, accepts) \
@@ -38,9 +38,9 @@
   CNNOPS_KERNEL(pass, isa, bf16, function##_bf16, accepts) \
   CNNOPS_KERNEL(pass, isa, f16, function##_f16, accepts)
 #if CNNOPS_X86
-#define CNNOPS_KERNELS_FLOAT_CPU(pass, function, accepts)   \
-  CNNOPS_KERNELS_FLOAT(pass, avx512, function, accepts)     \
-  CNNOPS_KERNELS_FLOAT(pass, avx2, function, accepts)       \
+#define CNNOPS_KERNELS_FLOAT_CPU(pass, function, accepts) \
+  CNNOPS_KERNELS_FLOAT(pass, avx512, function, accepts)   \
+  CNNOPS_KERNELS_FLOAT(pass, avx2, function, accepts)     \
   CNNOPS_KERNELS_FLOAT(pass, baseline, function, accepts)
 #else
 #define CNNOPS_KERNELS_FLOAT_CPU(pass, function, accepts) CNNOPS_KERNELS_FLOAT(pass, baseline, function, accepts)

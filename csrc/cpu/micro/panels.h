@@ -48,9 +48,9 @@ template <class T>
       const int64_t left = 2 * (n - i) - 1;  // elements up to the last one wanted
       if (!CNNOPS_ISA_HAS_MASKS && left < 2 * lanes<C>) break;
       const vec<C> a = load_n(src + 2 * i, static_cast<int>(min64(left, lanes<C>)));
-      const vec<C> b =
-          left > lanes<C> ? load_n(src + 2 * i + lanes<C>, static_cast<int>(min64(left - lanes<C>, lanes<C>)))
-                          : vec<C>{};
+      const vec<C> b = left > lanes<C>
+                           ? load_n(src + 2 * i + lanes<C>, static_cast<int>(min64(left - lanes<C>, lanes<C>)))
+                           : vec<C>{};
       store_n(dst + i, evens(a, b), static_cast<int>(min64(n - i, lanes<C>)));
     }
   }

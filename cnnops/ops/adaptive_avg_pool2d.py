@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._core import C, Operator, dense, empty, memory_format, needs_composite, threads
+from ._core import C, Operator, applier, dense, direct, empty, memory_format, needs_composite, threads
 from ._pooling import adaptable, adaptive_by_pytorch, adaptive_images, adaptive_size, takes_over
 
 
@@ -22,6 +22,8 @@ def _kernel(x: Tensor, output_size: list[int]) -> Tensor:
     y = _fake(x, output_size)
     if y.numel():
         x = dense(x, memory_format(x))
+        if y.shape == x.shape:
+            return y.copy_(x)
         kernel = _even(x.shape, y.shape)
         if kernel:
             C.avg_pool2d_forward(y, x, kernel, kernel, (0, 0), False, 0, threads())
@@ -52,6 +54,24 @@ adaptive_avg_pool2d_op = Operator(
     backward=_backward,
     foldable=(0,),
 )
+
+
+class _Direct(torch.autograd.Function):
+    """The same for the plane's mean, which is computed already."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: tuple[Tensor]) -> Tensor:
+        ctx.size = x.shape[2:]
+        ctx.channels_last = memory_format(x) is torch.channels_last
+        return y[0]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        return adaptive_avg_pool2d_backward(dy, *ctx.size, ctx.channels_last), None
+
+
+_Direct.__name__ = _Direct.__qualname__ = "adaptive_avg_pool2d"
+_apply = applier(_Direct)
 
 
 def _backward_kernel(dy: Tensor, h: int, w: int, channels_last: bool) -> Tensor:
@@ -110,6 +130,10 @@ def adaptive_avg_pool2d(input: Tensor, output_size: int | Sequence[int | None] |
         >>> adaptive_avg_pool2d(torch.ones(1, 3, 7, 8), (1, 4)).shape
         torch.Size([1, 3, 1, 4])
     """
+    if direct():
+        made = C.adaptive_avg_pool2d_direct(input, output_size, torch.is_grad_enabled(), threads())
+        if made is not None:
+            return _apply(input, made) if type(made) is tuple else made
     if takes_over("adaptive_avg_pool2d", input) or not adaptable(input) or needs_composite(input):
         return adaptive_by_pytorch("adaptive_avg_pool2d", input, output_size)
     size = adaptive_size("adaptive_avg_pool2d", input, output_size)

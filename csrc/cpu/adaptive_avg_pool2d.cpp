@@ -132,6 +132,13 @@ void backward(const AdaptiveAvgPool2dParams& p) {
 // Terms that a lane adds up before its sum goes to float64.
 constexpr int64_t kBlock = 64;
 
+// The sum of the lanes in float64: of float32's in a tree, in as many steps as halves.
+template <class C>
+[[gnu::always_inline]] inline double wide_sum(vec<C> v) {
+  using Wide = typename VectorOf<double, lanes<C>>::type;
+  return sum_lanes<double, lanes<C>>(__builtin_convertvector(v, Wide));
+}
+
 template <class T>
 double sum_of(const T* x, int64_t count) {
   using C = compute_t<T>;
@@ -143,13 +150,28 @@ double sum_of(const T* x, int64_t count) {
     for (; i < end; i += 4 * lanes<C>) {
       a += load(x + i), b += load(x + i + lanes<C>), c += load(x + i + 2 * lanes<C>), d += load(x + i + 3 * lanes<C>);
     }
-    const vec<C> sum = (a + b) + (c + d);
-    for (int l = 0; l < lanes<C>; ++l) total += sum[l];
+    total += wide_sum<C>((a + b) + (c + d));
   }
   vec<C> rest = {};
-  for (; i < count; i += lanes<C>) rest += load_n(x + i, part_of<C>(i, count));
-  for (int l = 0; l < lanes<C>; ++l) total += rest[l];
-  return total;
+  for (; i + lanes<C> <= count; i += lanes<C>) rest += load(x + i);
+  if (i < count) rest += load_n(x + i, static_cast<int>(count - i));
+  return total + wide_sum<C>(rest);
+}
+
+// Adds the pixels from..to of kVectors vectors of channels (`part` lanes of the last) to their float64 sums.
+template <int kVectors, class T>
+[[gnu::always_inline]] inline void add_pixels(const T* x, int64_t from, int64_t to, int64_t pitch, int part,
+                                              double* total) {
+  using C = compute_t<T>;
+  for (; from < to; from += kBlock) {
+    vec<C> sums[kVectors] = {};
+    for (int64_t i = from; i < min64(from + kBlock, to); ++i) {
+      for (int g = 0; g + 1 < kVectors; ++g) sums[g] += load(x + i * pitch + g * lanes<C>);
+      sums[kVectors - 1] += load_n(x + i * pitch + (kVectors - 1) * lanes<C>, part);
+    }
+    for (int g = 0; g < kVectors; ++g)
+      for (int l = 0; l < lanes<C>; ++l) total[g * lanes<C> + l] += sums[g][l];
+  }
 }
 
 template <class T>
@@ -164,30 +186,44 @@ void global_forward(const AdaptiveAvgPool2dParams& p) {
       store_scalar(&y[plane], static_cast<C>(sum_of(x + plane * cells, cells) / static_cast<double>(cells)));
     return;
   }
-  // Channels in groups of a few vectors, whose sums stay in registers while all pixels pass.
-  constexpr int kGroup = 4;
-  constexpr int64_t kChannels = kGroup * lanes<C>;
-  const int64_t groups = ceil_div(p.c, kChannels);
-#pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (int64_t unit = 0; unit < p.n * groups; ++unit) {
-    const int64_t c0 = unit % groups * kChannels, channels = min64(kChannels, p.c - c0);
-    const T* const image = x + unit / groups * cells * p.c + c0;
-    double total[kChannels] = {};
-    for (int64_t from = 0; from < cells; from += kBlock) {
-      const int64_t to = min64(from + kBlock, cells);
-      vec<C> sums[kGroup] = {};
-      if (channels == kChannels) {
-        for (int64_t i = from; i < to; ++i)
-          for (int g = 0; g < kGroup; ++g) sums[g] += load(image + i * p.c + g * lanes<C>);
-      } else {
-        for (int64_t i = from; i < to; ++i)
-          for (int64_t c = 0; c < channels; c += lanes<C>)
-            sums[c / lanes<C>] += load_n(image + i * p.c + c, part_of<C>(c, channels));
+  // A unit is a piece of the pixels of an image, so that one image of few channels feeds several threads too. Four vectors
+  // of channels at a time stay in registers while a block of pixels passes.
+  constexpr int64_t kPieces = 16, kGroup = 4 * lanes<C>;
+  const int64_t pieces = p.n >= kPieces ? 1 : max64(min64(kPieces, cells / (4 * kBlock)), 1);
+  const int64_t piece = round_up(ceil_div(cells, pieces), kBlock), sums_each = round_up(p.c, kGroup);
+  const Scratch<double> sums(p.n * pieces * sums_each);
+#pragma omp parallel num_threads(p.threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t unit = 0; unit < p.n * pieces; ++unit) {
+      const int64_t from = unit % pieces * piece, to = min64(from + piece, cells);
+      const T* const image = x + unit / pieces * cells * p.c;
+      double* const total = sums.data + unit * sums_each;
+      for (int64_t c = 0; c < sums_each; ++c) total[c] = 0;
+      // Block by block, since all of its channels together pass the cache once.
+      for (int64_t at = from; at < to; at += kBlock) {
+        const int64_t end = min64(at + kBlock, to);
+        int64_t c = 0;
+        for (; c + kGroup <= p.c; c += kGroup) add_pixels<4>(image + c, at, end, p.c, lanes<C>, total + c);
+        const int64_t left = p.c - c;
+        const int part = static_cast<int>(left - (ceil_div(left, lanes<C>) - 1) * lanes<C>);
+        switch (ceil_div(left, lanes<C>)) {
+          case 1: add_pixels<1>(image + c, at, end, p.c, part, total + c); break;
+          case 2: add_pixels<2>(image + c, at, end, p.c, part, total + c); break;
+          case 3: add_pixels<3>(image + c, at, end, p.c, part, total + c); break;
+          case 4: add_pixels<4>(image + c, at, end, p.c, part, total + c); break;
+          default: break;
+        }
       }
-      for (int64_t c = 0; c < kChannels; ++c) total[c] += sums[c / lanes<C>][c % lanes<C>];
     }
-    T* const out = y + unit / groups * p.c + c0;
-    for (int64_t c = 0; c < channels; ++c) store_scalar(&out[c], static_cast<C>(total[c] / static_cast<double>(cells)));
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < p.n; ++n) {
+      double* const total = sums.data + n * pieces * sums_each;
+      for (int64_t k = 1; k < pieces; ++k)
+        for (int64_t c = 0; c < p.c; ++c) total[c] += total[k * sums_each + c];
+      for (int64_t c = 0; c < p.c; ++c)
+        store_scalar(&y[n * p.c + c], static_cast<C>(total[c] / static_cast<double>(cells)));
+    }
   }
 }
 

@@ -1,6 +1,7 @@
 // Derivatives of picking poolings. Backward is a gather: each element of dx asks the windows that hold it whether they
 // chose it, so nothing is zeroed first, nothing is added atomically, and one thread adds in the contract's order.
-// NCHW: vectors run along a row of dx, one phase of the stride at a time; dy and choice rows lie padded in a small ring.
+// NCHW: vectors run along a row of dx, one phase of the stride at a time; dy and choice rows lie padded in a small ring;
+// windows of 2 x 2 side by side need none of that.
 // NHWC: vectors run along the channels.
 #include "ops/index_pool2d.h"
 
@@ -118,6 +119,55 @@ void backward_nchw(const IndexPool2dParams& p) {
   }
 }
 
+// Windows of 2 x 2 side by side (kernel 2, stride 2, nothing padded or dilated): a row of windows makes its two rows of dx
+// by itself.
+template <class T, bool kIndices>
+void backward_nchw_2x2(const IndexPool2dParams& p) {
+  using C = compute_t<T>;
+  using I = int_t<C>;
+  const int64_t unit_rows = ceil_div(rows_per_unit(p.n * p.c, p.h), 2), units_each = ceil_div(p.p, unit_rows);
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t unit = 0; unit < p.n * p.c * units_each; ++unit) {
+    const int64_t plane = unit / units_each, from = unit % units_each * unit_rows;
+    const T* const dy = static_cast<const T*>(p.in) + plane * p.p * p.q;
+    T* const dx = static_cast<T*>(p.out) + plane * p.h * p.w;
+    const auto row = [&](int64_t pp, int64_t q, int part) __attribute__((always_inline)) {
+      const int64_t at = plane * p.p * p.q + pp * p.q + q;
+      ivec<C> chosen;
+      if constexpr (kIndices) {
+        chosen = load_i64_n<C>(static_cast<const int64_t*>(p.choice) + at, part);
+      } else {
+        chosen = load_u8_n<C>(static_cast<const uint8_t*>(p.choice) + at, part);
+      }
+      const vec<C> g = load_n(dy + pp * p.q + q, part), zero = {};
+      for (int64_t r = 0; r < 2; ++r) {
+        ivec<C> first = ivec<C>{} + static_cast<I>(2 * r);
+        if constexpr (kIndices) first = iota<ivec<C>>() * 2 + static_cast<I>((2 * pp + r) * p.w + 2 * q);
+        const vec<C> even = chosen == first ? g : zero, odd = chosen == first + 1 ? g : zero;
+        T* const to = dx + (2 * pp + r) * p.w + 2 * q;
+        const int cells = 2 * part;
+        store_n(to, zip_low(even, odd), cells);
+        if (cells > lanes<C>) store_n(to + lanes<C>, zip_high(even, odd), cells - lanes<C>);
+      }
+    };
+    for (int64_t pp = from; pp < min64(from + unit_rows, p.p); ++pp) {
+      int64_t q = 0;
+      for (; q + lanes<C> <= p.q; q += lanes<C>) row(pp, q, lanes<C>);
+      if (q < p.q) row(pp, q, static_cast<int>(p.q - q));
+      for (int64_t h = 2 * pp; h < 2 * pp + 2; ++h)
+        for (int64_t w = 2 * p.q; w < p.w; ++w) dx[h * p.w + w] = T{};
+    }
+    if (from + unit_rows >= p.p)
+      std::memset(static_cast<void*>(dx + 2 * p.p * p.w), 0, (p.h - 2 * p.p) * p.w * sizeof(T));
+  }
+}
+// Not where windows run past the input (ceil_mode).
+bool side_by_side_2x2(const IndexPool2dParams& p) {
+  const Windows& v = p.windows;
+  return v.kernel_h == 2 && v.kernel_w == 2 && v.stride_h == 2 && v.stride_w == 2 && v.pad_h == 0 && v.pad_w == 0 &&
+         v.dilation_h == 1 && v.dilation_w == 1 && 2 * p.p <= p.h && 2 * p.q <= p.w;
+}
+
 template <class T>
 void backward_nchw_adaptive(const IndexPool2dParams& p) {
   using C = compute_t<T>;
@@ -221,6 +271,8 @@ void backward(const IndexPool2dParams& p) {
     indices ? backward_nhwc<T, true>(p) : backward_nhwc<T, false>(p);
   } else if (p.adaptive) {
     backward_nchw_adaptive<T>(p);
+  } else if (side_by_side_2x2(p)) {
+    indices ? backward_nchw_2x2<T, true>(p) : backward_nchw_2x2<T, false>(p);
   } else {
     indices ? backward_nchw<T, true>(p) : backward_nchw<T, false>(p);
   }

@@ -1,5 +1,6 @@
 #include "ops/adaptive_avg_pool2d.h"
 
+#include "dispatch/direct.h"
 #include "dispatch/op_table.h"
 
 namespace cnnops {
@@ -23,7 +24,7 @@ AdaptiveAvgPool2dParams validate(const char* op, const Tensor& in, const Tensor&
   p.n = x.shape[0], p.c = x.shape[1], p.h = x.shape[2], p.w = x.shape[3], p.p = y.shape[2], p.q = y.shape[3];
   expect_shape(op, {"y", &y}, {p.n, p.c, p.p, p.q});
   CNNOPS_CHECK(p.h > 0 && p.w > 0 && p.p > 0 && p.q > 0, std::invalid_argument, op, ": images must not be empty");
-  p.in = in.data, p.out = out.data, p.threads = threads;
+  p.in = in.data, p.out = out.data, p.threads = threads_for(x.numel(), threads);
   return p;
 }
 
@@ -37,9 +38,30 @@ void backward(const Tensor& dx, const Tensor& dy, int threads, int kernel) {
       validate("adaptive_avg_pool2d_backward", dy, dx, dx, dy, threads), kernel);
 }
 
+// -> the plane's mean, (y,) where a gradient is wanted, or None.
+PyObject* forward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return direct::attempt([&]() -> PyObject* {
+    Tensor x, y;
+    std::array<int64_t, 2> size;
+    int64_t threads;
+    bool grad;
+    if (count != 4 || !direct::pair(args[1], size) || size[0] != 1 || size[1] != 1 || !direct::tensor(args[0], x) ||
+        !direct::truth(args[2], grad) || !direct::integer(args[3], threads))
+      return nullptr;
+    const Layout layout = direct::suggested(x);
+    if (!direct::dense(x, layout)) return nullptr;
+    py::object made = direct::empty(args[0], {x.shape[0], x.shape[1], 1, 1}, x.dtype, layout, y);
+    forward(y, x, static_cast<int>(threads), kSelect);
+    if (grad && direct::requires_grad(args[0])) return py::make_tuple(std::move(made)).release().ptr();
+    return made.release().ptr();
+  });
+}
+
 }  // namespace
 
 void bind_adaptive_avg_pool2d(py::module_& m) {
+  direct::define(m, "adaptive_avg_pool2d_direct", &forward_direct,
+                 "adaptive_avg_pool2d_direct(x: torch.Tensor, output_size: Any, grad: bool, threads: int) -> object");
   m.def("adaptive_avg_pool2d_forward", &forward, "y"_a, "x"_a, "threads"_a, "kernel"_a = kSelect);
   m.def("adaptive_avg_pool2d_backward", &backward, "dx"_a, "dy"_a, "threads"_a, "kernel"_a = kSelect);
 }

@@ -4,12 +4,15 @@
 #   make lint    ruff, mypy, clang-format         make format   apply what ruff and clang-format want
 #   make bench   every layer suite       make bench BENCH="vgg16 --batch 16"
 #   make wheel   a wheel in dist/        make stub     cnnops/_C.pyi from the built extension
-#   make gpu     the tests on a CUDA device
+#   make gpu     on a machine with a CUDA device: build, test, sanitize and bench there, with the packages that PYTHON has;
+#                make gpu GPU=test runs one part (build, test, sanitize, bench)
 #   make clean   remove .venv and every build output
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST ?=
 BENCH ?=
+GPU ?= all
+CUDA ?= AUTO
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/constraints.txt
@@ -51,8 +54,7 @@ stub: $(VENV)/installed $(VENV)/lint
 	mv $(VENV)/_C.pyi cnnops/_C.pyi
 
 gpu:
-	@echo "make gpu: cnnops has no CUDA kernels yet; everything runs on the CPU" >&2
-	@exit 1
+	$(PYTHON) tools/gpu.py $(GPU)
 
 clean:
 	rm -rf $(VENV) build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -66,8 +68,9 @@ $(VENV)/lint: $(VENV)/python requirements/lint.txt requirements/constraints.txt
 	$(PIP) -r requirements/lint.txt
 	@touch $@
 
-# Without build isolation, so that build/ stays valid from one build to the next.
+# Without build isolation, so that build/ stays valid from one build to the next; with the CUDA kernels compiled for the
+# host, for the tests.
 $(VENV)/installed: $(VENV)/python requirements/build.txt requirements/constraints.txt $(PACKAGE)
 	$(PIP) -r requirements/build.txt
-	$(PIP) --no-build-isolation '.[test,bench,examples]'
+	$(PIP) --no-build-isolation -C cmake.define.CNNOPS_EMULATION=ON -C cmake.define.CNNOPS_CUDA=$(CUDA) '.[test,bench,examples]'
 	@touch $@

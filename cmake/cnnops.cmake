@@ -1,8 +1,8 @@
 # The only place with instruction-set and CUDA compile flags.
 #
 #   cnnops_add_module(<target> <sources>...)  the Python extension module
-#   cnnops_add_op(<op> [CPU <names>...])      csrc/ops/<op>.cpp, csrc/reference/<op>.cpp, and csrc/cpu/<name>.cpp once per
-#                                             instruction set (<op>.cpp where no names are given)
+#   cnnops_add_op(<op> [CPU <names>...]       csrc/ops/<op>.cpp, csrc/reference/<op>.cpp, and csrc/cpu/<name>.cpp once per
+#                 [CUDA <names>...|NO_CUDA])  instruction set, csrc/cuda/<name>.cu (<op> where no names are given)
 set(CMAKE_CXX_STANDARD 20)
 set(CMAKE_CXX_STANDARD_REQUIRED ON)
 set(CMAKE_CXX_EXTENSIONS ON)
@@ -37,18 +37,44 @@ set(CNNOPS_KERNEL_FLAGS -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fas
 if(NOT CNNOPS_CUDA MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "CNNOPS_CUDA is AUTO, ON or OFF, not \"${CNNOPS_CUDA}\"")
 endif()
-# AUTO and OFF are the same until there are CUDA kernels.
-if(CNNOPS_CUDA STREQUAL "ON")
+if(NOT CNNOPS_CUDA STREQUAL "OFF")
   include(CheckLanguage)
   check_language(CUDA)
-  if(NOT CMAKE_CUDA_COMPILER)
+  if(CMAKE_CUDA_COMPILER)
+    # Machine code for the GPUs that are tuned for, and PTX that the driver compiles for later ones. The kernels need
+    # sm_80 (cp.async, mma.sync for bfloat16).
+    set(CNNOPS_CUDA_ARCHITECTURES "80-real;89-real;90a-real;90-virtual" CACHE STRING
+        "CUDA architectures, as in CMAKE_CUDA_ARCHITECTURES; 80 at least")
+    set(CMAKE_CUDA_ARCHITECTURES ${CNNOPS_CUDA_ARCHITECTURES})
+    set(CMAKE_CUDA_STANDARD 20)
+    set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+    set(CMAKE_CUDA_EXTENSIONS OFF)
+    set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
+    set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+    enable_language(CUDA)
+    if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12)  # C++20, sm_90a
+      set(CNNOPS_HAS_CUDA ON)
+    elseif(CNNOPS_CUDA STREQUAL "ON")
+      message(FATAL_ERROR
+        "CNNOPS_CUDA=ON, but ${CMAKE_CUDA_COMPILER} is of version ${CMAKE_CUDA_COMPILER_VERSION}, and the kernels need 12.0. "
+        "Put a newer nvcc on PATH, or build without CUDA kernels with CNNOPS_CUDA=OFF.")
+    else()
+      message(STATUS "No CUDA kernels: ${CMAKE_CUDA_COMPILER} is older than 12.0")
+    endif()
+  elseif(CNNOPS_CUDA STREQUAL "ON")
     message(FATAL_ERROR
       "CNNOPS_CUDA=ON, but no CUDA compiler was found. Put nvcc on PATH, or set CUDACXX or CMAKE_CUDA_COMPILER to it, "
       "or build without CUDA kernels with CNNOPS_CUDA=OFF.")
   endif()
-  message(FATAL_ERROR
-    "CNNOPS_CUDA=ON, and ${CMAKE_CUDA_COMPILER} was found, but this version of cnnops has no CUDA kernels. "
-    "Build for the CPU with CNNOPS_CUDA=OFF or AUTO.")
+endif()
+
+# The CUDA kernels compiled for the host over csrc/cuda/emulation, for the tests: rows of the kernel tables that are never
+# chosen by themselves. -fsanitize=thread is for its calls at each access to memory, which the emulator answers; the
+# sanitizer's library is not linked. Little optimization, so that accesses stay as the source has them.
+option(CNNOPS_EMULATION "Build the CUDA kernels for the host, for tests" OFF)
+set(CNNOPS_EMULATION_FLAGS -O1 -fsanitize=thread -fno-tree-slp-vectorize -fno-math-errno ${CNNOPS_WARNINGS})
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+  list(APPEND CNNOPS_EMULATION_FLAGS --param=tsan-instrument-func-entry-exit=0 -fno-store-merging)
 endif()
 
 function(cnnops_add_module target)
@@ -61,7 +87,9 @@ function(cnnops_add_module target)
     CNNOPS_VERSION="${PROJECT_VERSION}"
     CNNOPS_BUILT_ISAS="${isas}"
     CNNOPS_COMPILER="${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}"
-    CNNOPS_X86=$<BOOL:${CNNOPS_FLAGS_avx2}>)
+    CNNOPS_X86=$<BOOL:${CNNOPS_FLAGS_avx2}>
+    CNNOPS_CUDA=$<BOOL:${CNNOPS_HAS_CUDA}>
+    CNNOPS_EMULATION=$<BOOL:${CNNOPS_EMULATION}>)
   install(TARGETS ${target} LIBRARY DESTINATION cnnops)
   set(CNNOPS_MODULE ${target} PARENT_SCOPE)
   foreach(isa reference ${CNNOPS_ISAS})
@@ -73,12 +101,41 @@ function(cnnops_add_module target)
     target_link_libraries(${library} PRIVATE OpenMP::OpenMP_CXX)
     target_link_libraries(${target} PRIVATE ${library})
   endforeach()
+  if(CNNOPS_HAS_CUDA)
+    add_library(cnnops_cuda OBJECT csrc/cuda/runtime.cu)
+    string(REPLACE ";" "\\;" architectures "${CNNOPS_CUDA_ARCHITECTURES}")
+    target_include_directories(cnnops_cuda PRIVATE csrc)
+    target_compile_definitions(cnnops_cuda PRIVATE
+      CNNOPS_ISA=cuda CNNOPS_DEVICE_SOURCE=1 "CNNOPS_CUDA_ARCHITECTURES=\"${architectures}\"")
+    target_compile_options(cnnops_cuda PRIVATE -O3)
+    if(CNNOPS_EMULATION)  # tests/test_cuda_build.py looks for register spills in what ptxas says
+      target_compile_options(cnnops_cuda PRIVATE -Xptxas=-v)
+      set_target_properties(cnnops_cuda PROPERTIES
+        CUDA_COMPILER_LAUNCHER "sh;${CMAKE_CURRENT_SOURCE_DIR}/cmake/keep_messages.sh")
+    endif()
+    target_link_libraries(${target} PRIVATE cnnops_cuda)
+    set_target_properties(${target} PROPERTIES CUDA_RUNTIME_LIBRARY Static)
+  endif()
+  if(CNNOPS_EMULATION)
+    add_library(cnnops_emulation OBJECT csrc/cuda/emulation/emulator.cpp)
+    target_include_directories(cnnops_emulation PRIVATE csrc)
+    target_compile_options(cnnops_emulation PRIVATE -O2 ${CNNOPS_WARNINGS})
+    add_library(cnnops_cuda_emulated OBJECT)
+    target_include_directories(cnnops_cuda_emulated PRIVATE csrc)
+    target_compile_definitions(cnnops_cuda_emulated PRIVATE
+      CNNOPS_ISA=cuda_emulated CNNOPS_DEVICE_SOURCE=1 CNNOPS_EMULATED=1)
+    target_compile_options(cnnops_cuda_emulated PRIVATE ${CNNOPS_EMULATION_FLAGS})
+    target_link_libraries(${target} PRIVATE cnnops_emulation cnnops_cuda_emulated)
+  endif()
 endfunction()
 
 function(cnnops_add_op op)
-  cmake_parse_arguments(ARG "" "" "CPU" ${ARGN})
+  cmake_parse_arguments(ARG "NO_CUDA" "" "CPU;CUDA" ${ARGN})
   if(NOT ARG_CPU)
     set(ARG_CPU ${op})
+  endif()
+  if(NOT ARG_CUDA AND NOT ARG_NO_CUDA)
+    set(ARG_CUDA ${op})
   endif()
   target_sources(${CNNOPS_MODULE} PRIVATE csrc/ops/${op}.cpp)
   target_sources(cnnops_reference PRIVATE csrc/reference/${op}.cpp)
@@ -86,5 +143,15 @@ function(cnnops_add_op op)
     foreach(source ${ARG_CPU})
       target_sources(cnnops_${isa} PRIVATE csrc/cpu/${source}.cpp)
     endforeach()
+  endforeach()
+  foreach(source ${ARG_CUDA})
+    if(CNNOPS_HAS_CUDA)
+      target_sources(cnnops_cuda PRIVATE csrc/cuda/${source}.cu)
+    endif()
+    if(CNNOPS_EMULATION)  # a source has one language, so the host's compiler gets one of its own
+      set(wrapper ${CMAKE_CURRENT_BINARY_DIR}/emulated/${source}.cpp)
+      file(CONFIGURE OUTPUT ${wrapper} CONTENT "#include \"cuda/${source}.cu\"\n" @ONLY)
+      target_sources(cnnops_cuda_emulated PRIVATE ${wrapper})
+    endif()
   endforeach()
 endfunction()

@@ -97,7 +97,7 @@ def batch_norm_forward(
     kernel: int = -1,
 ) -> None: ...
 def batch_norm_update(
-    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float, count: int
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float, count: int, kernel: int = -1
 ) -> None: ...
 def conv2d_bias_grad(db: Tensor, dy: Tensor, threads: int, kernel: int = -1) -> None: ...
 def conv2d_direct(
@@ -125,6 +125,7 @@ def conv2d_forward(
     activation: int,
     threads: int,
     kernel: int = -1,
+    precision: int = 0,
 ) -> None: ...
 def conv2d_input_grad(
     dx: Tensor,
@@ -137,6 +138,7 @@ def conv2d_input_grad(
     groups: int,
     threads: int,
     kernel: int = -1,
+    precision: int = 0,
 ) -> None: ...
 def conv2d_weight_grad(
     dw: Tensor,
@@ -148,7 +150,9 @@ def conv2d_weight_grad(
     groups: int,
     threads: int,
     kernel: int = -1,
+    precision: int = 0,
 ) -> None: ...
+def cuda_build() -> Any: ...
 def empty(like: object, shape: Sequence[int], code: int, bits: int, channels_last: bool) -> Any: ...
 def index_pool2d_backward(
     dx: Tensor,

@@ -46,7 +46,8 @@ class Info(dict[str, Any]):
         runtimes = "\n".join(threads["runtimes"]) or "none found"
         yield from section("threads", [("per call", str(threads["count"])), ("OpenMP runtime", runtimes)])
         devices = "\n".join(cuda["devices"]) or "none"
-        yield from section("CUDA", [("build", cuda["reason"] or "yes"), ("devices", devices)])
+        build = cuda["reason"] or f"{cuda['compiler']}, for {', '.join(cuda['architectures'])}"
+        yield from section("CUDA", [("build", build), ("devices", devices)])
         yield from section("torch", [("version", torch_["version"]), ("CPU capability", torch_["cpu_capability"])])
 
         table = Table(title="kernel chosen per op, pass and dtype", title_justify="left", box=None, pad_edge=False)
@@ -54,7 +55,8 @@ class Info(dict[str, Any]):
             table.add_column(column)
         cells: dict[tuple[str, str], dict[str, str]] = {}
         for kernel in self["kernels"]:
-            cells.setdefault((kernel["op"], kernel["pass"]), {})[kernel["dtype"]] = kernel["isa"]
+            row = cells.setdefault((kernel["op"], kernel["pass"]), {})
+            row[kernel["dtype"]] = ", ".join(filter(None, (row.get(kernel["dtype"]), kernel["isa"])))
         for (op, pass_), of in cells.items():
             table.add_row(op, pass_, *(of.get(dtype, "-") for dtype in self["dtypes"]))
         yield table
@@ -143,7 +145,7 @@ def info() -> Info:
             f"{', '.join(runtimes)}. "
             "Import torch before anything else that brings an OpenMP runtime."
         )
-    rows = C.kernels()
+    rows, cuda_build = C.kernels(), C.cuda_build()
     kernels = [
         {key: row[key] for key in ("op", "pass", "dtype", "isa", "function")}
         for row in rows
@@ -159,8 +161,10 @@ def info() -> Info:
         cpu={"model": cpu_model(), "cores": cores(), "isa": chosen, "isa_cap": cap, "levels": levels},
         threads={"count": torch.get_num_threads(), "openmp_max": C.omp_max_threads(), "runtimes": runtimes},
         cuda={
-            "built": False,
-            "reason": "this build has no CUDA kernels",
+            "built": cuda_build is not None,
+            "reason": "" if cuda_build else "this build has no CUDA kernels",
+            "compiler": cuda_build["compiler"] if cuda_build else None,
+            "architectures": cuda_build["architectures"].split(";") if cuda_build else [],
             "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
         torch={

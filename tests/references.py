@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import product
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,29 @@ from cnnops._lib import C
 
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 PROBLEMS: dict[tuple[str, str], list[Callable[[torch.dtype, int], Check]]] = {}
+
+
+class OnDevice:
+    """The extension, for problems on the CPU whose kernel is not: tensors go to the device for the call, and what it
+    wrote comes back."""
+
+    def __init__(self, extension: Any) -> None:
+        self.extension = extension
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self.extension, name)
+        if isinstance(function, type):
+            return function
+
+        def call(*args: Any, **kwargs: Any) -> None:
+            there = [a.to("cuda") if isinstance(a, Tensor) else a for a in args]
+            function(*there, **kwargs)
+            torch.cuda.synchronize()
+            for here, moved in zip(args, there, strict=True):
+                if isinstance(here, Tensor):
+                    here.copy_(moved)
+
+        return call
 
 
 @dataclass
@@ -658,6 +682,19 @@ def _batch_norm_backward() -> Iterator[Callable]:
                 )  # fmt: skip
     for wants in ((False, True, False, True), (True, False, False, False)):
         yield partial(run, case=BATCH_NORMS[6], format="nhwc", training=True, saved_y=False, wants=wants)
+
+
+@problem("batch_norm", "update")
+def _batch_norm_update() -> Iterator[Callable]:
+    def run(dtype: torch.dtype, row: int, channels: int, step: int) -> Check:
+        running = [torch.rand(channels * step).to(dtype)[::step] for _ in range(2)]
+        mean, var = torch.randn(channels).double(), torch.rand(channels).double()
+        expected = torch.stack([0.7 * running[0].double() + 0.3 * mean, 0.7 * running[1].double() + 0.3 * var * 10 / 9])
+        C.batch_norm_update(*running, mean, var, 0.3, 10, kernel=row)
+        return Check(torch.stack(running), expected, torch.full_like(expected, 2))
+
+    for channels, step in ((1, 1), (37, 1), (300, 2)):
+        yield partial(run, channels=channels, step=step)
 
 
 # ---- Locally connected layer -----------------------------------------------------------------------------------------

@@ -165,7 +165,7 @@ def test_one_openmp_runtime_whatever_is_imported_first(first: str) -> None:
 LEVELS = {level["isa"]: level for level in C.isa_levels()}
 SELECTED = """
 from cnnops._lib import C
-print(C.isa_limit(), *sorted({row["isa"] for row in C.kernels() if row["selected"]}))
+print(C.isa_limit(), *sorted({row["isa"] for row in C.kernels() if row["selected"]} - {"cuda"}))
 """
 
 
@@ -300,14 +300,6 @@ def test_cuda_on_without_a_compiler_is_a_clear_error(tmp_path: Path) -> None:
     run = configure(tmp_path / "build", "-DCNNOPS_CUDA=ON", path=str(tools))
     assert run.returncode != 0
     assert "CNNOPS_CUDA=ON, but no CUDA compiler was found" in " ".join(run.stderr.split())
-
-
-@CMAKE
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs a CUDA compiler")
-def test_cuda_on_says_that_there_are_no_cuda_kernels(tmp_path: Path) -> None:
-    run = configure(tmp_path / "build", "-DCNNOPS_CUDA=ON")
-    assert run.returncode != 0
-    assert "this version of cnnops has no CUDA kernels" in " ".join(run.stderr.split())
 
 
 @CMAKE

@@ -56,10 +56,11 @@ def passes(layer: Layer) -> tuple[str, ...]:
 
 
 def build(
-    layer: Layer, pass_: str, dtype: torch.dtype, layout: str, batch: int, data: str = "normal", seed: int = 0
-) -> Case:
+    layer: Layer, pass_: str, dtype: torch.dtype, layout: str, batch: int, data: str = "normal", seed: int = 0,
+    device: str = "cpu",
+) -> Case:  # fmt: skip
     """The calls of one entry."""
-    make = Make(dtype, layout, data, torch.Generator().manual_seed(seed))
+    make = Make(dtype, layout, data, torch.Generator().manual_seed(seed), device)
     builders = {
         "conv2d": _conv2d,
         "conv_transpose2d": _conv_transpose2d,
@@ -80,8 +81,11 @@ def build(
 class Make:
     """Makes tensors, and draws the part of a result that is checked."""
 
-    def __init__(self, dtype: torch.dtype, layout: str, data: str, generator: torch.Generator) -> None:
+    def __init__(
+        self, dtype: torch.dtype, layout: str, data: str, generator: torch.Generator, device: str = "cpu"
+    ) -> None:
         self.dtype, self.format, self.data, self.generator = dtype, LAYOUTS[layout], data, generator
+        self.device = device
 
     def _numbers(self, shape: Sequence[int], reach: int) -> Tensor:
         """Normal numbers, or of magnitudes from 10^-reach to 10^reach. Past a million they repeat, with a prime period
@@ -95,7 +99,7 @@ class Make:
         return values.repeat(-(-count // period))[:count].reshape(shape)
 
     def _finish(self, values: Tensor) -> Tensor:
-        values = values.to(self.dtype)
+        values = values.to(self.device, self.dtype)
         return values.contiguous(memory_format=self.format) if values.dim() == 4 else values
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
@@ -186,7 +190,8 @@ def _conv2d(layer: Layer, pass_: str, n: int, make: Make) -> Case:
     aten = torch.ops.aten.convolution_backward.default
     if pass_ == "backward-input":
         dy, weight = make.image(n, k, p, q), make.normal(k, c // groups, r, s, scale=(k // groups * r * s) ** -0.5)
-        x = torch.empty((n, c, h, w), dtype=make.dtype, memory_format=make.format)  # only its shape counts
+        # Only its shape counts; so below.
+        x = torch.empty((n, c, h, w), dtype=make.dtype, device=make.device, memory_format=make.format)
 
         def input_parts(dx: Tensor) -> Iterator[Part]:
             images, cs, ks, g = chosen.backward_input()
@@ -211,15 +216,15 @@ def _conv2d(layer: Layer, pass_: str, n: int, make: Make) -> Case:
         )
 
     x, dy = make.image(n, c, h, w), make.normal(n, k, p, q, scale=(n * p * q) ** -0.5)
-    weight = torch.empty((k, c // groups, r, s), dtype=make.dtype, memory_format=make.format)  # likewise
+    weight = torch.empty((k, c // groups, r, s), dtype=make.dtype, device=make.device, memory_format=make.format)
 
     def weight_parts(dw: Tensor) -> Iterator[Part]:
         cs, ks, g = chosen.backward_weight()
         inner = slice(None) if groups > 1 else cs
         shape = (len(ks), len(cs) // g, r, s)
         gradient = partial(conv2d_weight, weight_size=shape, stride=stride, padding=pad, dilation=dilation, groups=g)
-        expected = torch.zeros(shape, dtype=torch.float64)
-        magnitude = torch.zeros(shape, dtype=torch.float64)
+        expected = torch.zeros(shape, dtype=torch.float64, device=x.device)
+        magnitude = torch.zeros_like(expected)
         step = max(1, (1 << 24) // (len(cs) * r * s * p * q))  # images at a time: PyTorch unfolds all it is given
         for i in range(0, n, step):
             xs, dys = x[i : i + step, cs].double(), dy[i : i + step, ks].double()

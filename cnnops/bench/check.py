@@ -32,11 +32,12 @@ class Verdict:
     worst: float
 
 
-def verify(parts: Iterable[Part]) -> Verdict:
+def verify(parts: Iterable[Part], float32_eps: float = torch.finfo(torch.float32).eps) -> Verdict:
     """Whether every element is within its bound: (4 + sqrt(terms)) x eps x sum of its terms' magnitudes, for the
     arithmetic in float32 (or float64), and one rounding to the storage type. sqrt(terms) and not terms: roundings do
     not conspire (Higham, Mary: "A New Approach to Probabilistic Rounding Error Analysis", SIAM J. Sci. Comput. 41,
-    2019), and a bound this close sees a single term left out of up to forty thousand.
+    2019), and a bound this close sees a single term left out of up to forty thousand. ``float32_eps`` is for arithmetic
+    that PyTorch's settings let be coarser for float32 tensors (TF32: 2^-10).
     """
     verdict = None
     for part in parts:
@@ -49,12 +50,13 @@ def verify(parts: Iterable[Part]) -> Verdict:
         arithmetic = torch.finfo(torch.float64 if part.got.dtype == torch.float64 else torch.float32)
         magnitude = part.magnitude.detach()
         error = (got - expected).abs()
-        bound = (4 + math.sqrt(part.terms)) * arithmetic.eps * magnitude + storage.eps * expected.abs()
+        eps = float32_eps if part.got.dtype == torch.float32 else arithmetic.eps
+        bound = (4 + math.sqrt(part.terms)) * eps * magnitude + storage.eps * expected.abs()
         bad = ~(error <= bound + storage.smallest_normal)
         if verdict is None:
             scale = expected.square().mean().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
-            eps = max(arithmetic.eps, storage.eps)
-            worst = (error / (eps * magnitude + storage.smallest_normal)).max()
+            unit = max(arithmetic.eps, storage.eps)
+            worst = (error / (unit * magnitude + storage.smallest_normal)).max()
             verdict = Verdict("", float(error.square().mean().sqrt() / scale), float(worst))
         if bad.any():
             at = tuple(int(i) for i in bad.nonzero()[0])

@@ -155,6 +155,11 @@ def tables(results: Sequence[Result], accuracy: bool) -> list[RenderableType]:
 
 def heading(machine: dict[str, Any]) -> str:
     peaks = ", ".join(f"{value:.0f} GFLOP/s {dtype}" for dtype, value in machine["fma_gflops"].items())
+    if machine.get("device", "cpu") != "cpu":
+        return (
+            f"{machine['device']}; cnnops {machine['cnnops']}, torch {machine['torch']}, cuDNN {machine['cudnn']}, "
+            f"float32 as {machine['precision']}; matrix peak {peaks}, copy {machine['copy_gbps']:.1f} GB/s"
+        )
     return (
         f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}; cnnops {machine['cnnops']}, "
         f"torch {machine['torch']} ({machine['torch_cpu_capability']}); "

@@ -15,7 +15,7 @@ from . import suites
 from .cases import DTYPES, Case, build, passes
 from .check import verify
 from .suites import Layer
-from .timing import copy_bandwidth, fma_peak, in_turn
+from .timing import copy_bandwidth, fma_peak, in_turn, matrix_peak
 
 BACKWARD = ("backward", "backward-input", "backward-weight")
 
@@ -54,6 +54,8 @@ class Options:
     accuracy: bool = False
     data: str = "normal"
     seed: int = 0
+    device: str = "cpu"
+    precision: str = "ieee"
 
 
 def select(
@@ -80,9 +82,17 @@ def select(
     return entries
 
 
-def environment(entries: Iterable[Entry]) -> dict[str, Any]:
-    """The machine and the versions, and its peaks measured now."""
+def environment(entries: Iterable[Entry], device: str = "cpu", precision: str = "ieee") -> dict[str, Any]:
+    """The machine and the versions, and its peaks measured now. On a CUDA device ``fma_gflops`` is the matrix product's
+    rate, float32's in the precision that is set."""
     threads = torch.get_num_threads()
+    dtypes = list(dict.fromkeys(e.dtype for e in entries))
+    if device == "cuda":
+        peaks = {d: matrix_peak(DTYPES[d]) / 1e9 for d in dtypes}
+        bandwidth = copy_bandwidth(1 << 30, "cuda")
+    else:
+        peaks = {d: fma_peak(DTYPES[d], threads) / 1e9 for d in dtypes}
+        bandwidth = copy_bandwidth()
     found = info()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -96,10 +106,12 @@ def environment(entries: Iterable[Entry]) -> dict[str, Any]:
         "cores": found["cpu"]["cores"],
         "isa": found["cpu"]["isa"],
         "threads": threads,
-        "device": "cpu",
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "precision": precision,
+        "cudnn": torch.backends.cudnn.version() if device == "cuda" else None,
         "warnings": found["warnings"],
-        "fma_gflops": {d: fma_peak(DTYPES[d], threads) / 1e9 for d in dict.fromkeys(e.dtype for e in entries)},
-        "copy_gbps": copy_bandwidth() / 1e9,
+        "fma_gflops": peaks,
+        "copy_gbps": bandwidth / 1e9,
     }
 
 
@@ -109,9 +121,10 @@ def run(entries: Sequence[Entry], options: Options, machine: dict[str, Any]) -> 
         result: dict[str, Any] = {**entry.key(), "status": "ok", "message": ""}
         try:
             case = build(
-                entry.layer, entry.pass_, DTYPES[entry.dtype], entry.layout, entry.batch, options.data, options.seed
-            )
-            verdict = verify(case.parts(_call(case.ours)))
+                entry.layer, entry.pass_, DTYPES[entry.dtype], entry.layout, entry.batch, options.data, options.seed,
+                options.device,
+            )  # fmt: skip
+            verdict = verify(case.parts(_call(case.ours)), _eps(options))
         except Exception as error:
             result.update(status="error", message=f"{type(error).__name__}: {error}".splitlines()[0])
             yield result
@@ -127,6 +140,11 @@ def run(entries: Sequence[Entry], options: Options, machine: dict[str, Any]) -> 
         yield result
 
 
+def _eps(options: Options) -> float:
+    """Of float32 arithmetic: TF32 keeps 10 bits of a factor."""
+    return 2.0**-10 if options.precision == "tf32" else torch.finfo(torch.float32).eps
+
+
 def _call(function: Callable[[], Any]) -> Any:
     with torch.no_grad():
         return function()
@@ -139,8 +157,11 @@ def _errors(case: Case, rms: float, worst: float) -> dict[str, Any]:
 
 
 def _times(case: Case, entry: Entry, options: Options, machine: dict[str, Any]) -> dict[str, Any]:
+    finish: tuple[Callable[[], Any], ...] = (torch.cuda.synchronize,) if options.device == "cuda" else ()
     with torch.no_grad():
-        ours, theirs, ratio = in_turn(case.ours, case.theirs, options.warmup, options.repeats, options.min_time)
+        ours, theirs, ratio = in_turn(
+            case.ours, case.theirs, options.warmup, options.repeats, options.min_time, *finish
+        )
     gbps = case.bytes / ours.median / 1e9
     found: dict[str, Any] = {
         "ours": ours.to_dict(),

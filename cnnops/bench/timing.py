@@ -38,19 +38,23 @@ class Times:
 
 
 def in_turn(
-    first: Callable[[], Any], second: Callable[[], Any], warmup: int, repeats: int, min_time: float
-) -> tuple[Times, Times, float]:
+    first: Callable[[], Any], second: Callable[[], Any], warmup: int, repeats: int, min_time: float,
+    finish: Callable[[], Any] = lambda: None,
+) -> tuple[Times, Times, float]:  # fmt: skip
     """Times of both, and how often faster the first is: the median over the rounds of second / first, which noise that
     slows a whole round does not move. Each round times both, in alternating order, until there are ``repeats`` rounds
-    and ``min_time`` seconds have passed. Data stays where the caches keep it from call to call.
+    and ``min_time`` seconds have passed. Data stays where the caches keep it from call to call. ``finish``
+    waits for what a call left to be done.
     """
     calls = (first, second)
     loops = []
     for call in calls:
         for _ in range(warmup):
             call()
+        finish()
         start = time.perf_counter()
         call()
+        finish()
         loops.append(max(1, math.ceil(MIN_SAMPLE / max(time.perf_counter() - start, 1e-7))))
     samples: tuple[list[float], list[float]] = ([], [])
     collecting = gc.isenabled()
@@ -63,6 +67,7 @@ def in_turn(
                 start = time.perf_counter()
                 for _ in range(count):
                     call()
+                finish()
                 samples[i].append((time.perf_counter() - start) / count)
             if len(samples[0]) >= MAX_ROUNDS:
                 break
@@ -93,7 +98,28 @@ def fma_peak(dtype: torch.dtype, threads: int) -> float:
     return 2 * threads * 192 * iterations / _best(lambda: C.peak_fma(y, x, 0.5, 1.0, iterations, threads))
 
 
-def copy_bandwidth(size: int = 1 << 27) -> float:
+def copy_bandwidth(size: int = 1 << 27, device: str = "cpu") -> float:
     """Bytes read and written per second by ``torch.Tensor.copy_`` from one buffer of ``size`` bytes to another."""
-    source, target = torch.ones(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
-    return 2 * size / _best(lambda: target.copy_(source))
+    source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
+    if device == "cpu":
+        return 2 * size / _best(lambda: target.copy_(source))
+
+    def copies() -> None:
+        for _ in range(10):
+            target.copy_(source)
+        torch.cuda.synchronize()
+
+    return 20 * size / _best(copies)
+
+
+def matrix_peak(dtype: torch.dtype, size: int = 8192) -> float:
+    """Floating-point operations per second of PyTorch's matrix product on the current CUDA device, on random data."""
+    size = 2048 if dtype == torch.float64 else size
+    a, b = (torch.randn(size, size, dtype=dtype, device="cuda") for _ in range(2))
+
+    def products() -> None:
+        for _ in range(4):
+            a @ b
+        torch.cuda.synchronize()
+
+    return 8 * size**3 / _best(products)

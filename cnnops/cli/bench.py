@@ -71,6 +71,10 @@ def bench() -> None:
 @click.option("--batch", "batches", type=_Words(), default="16", show_default=True, help="Images in a batch.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of both sides.  [default: torch's choice]")
 @click.option("--device", type=click.Choice(("cpu", "cuda")), default="cpu", show_default=True)
+@click.option(
+    "--precision", type=click.Choice(("ieee", "tf32")), default="ieee", show_default=True,
+    help="What float32 convolutions on a CUDA device may be computed in, on both sides.",
+)  # fmt: skip
 @click.option("--warmup", type=click.IntRange(min=0), default=2, show_default=True, help="Calls before timing.")
 @click.option("--repeats", type=click.IntRange(min=2), default=7, show_default=True, help="Rounds at least.")
 @click.option(
@@ -90,18 +94,20 @@ def bench() -> None:
 @click.option("--list", "only_list", is_flag=True, help="List the entries, run nothing.")
 def run(
     suites: tuple[str, ...], filters: tuple[str, ...], ops: tuple[str, ...], passes: tuple[str, ...],
-    dtypes: tuple[str, ...], layout: str, batches: tuple[int, ...], threads: int | None, device: str, warmup: int,
-    repeats: int, min_time: float, accuracy: bool, data: str, seed: int, json_path: str | None, only_list: bool,
+    dtypes: tuple[str, ...], layout: str, batches: tuple[int, ...], threads: int | None, device: str, precision: str,
+    warmup: int, repeats: int, min_time: float, accuracy: bool, data: str, seed: int, json_path: str | None,
+    only_list: bool,
 ) -> None:  # fmt: skip
     """Check and time the layers of networks, in turn with PyTorch.
 
     SUITES: resnet50, vgg16, mobilenet_v2, efficientnet_b0, convnext_tiny, unet (all of them where none is named), or
     text files in the same format. Every entry is first checked against float64; a wrong one is an error, is not timed,
     and makes the exit code 1. GB/s counts each tensor that must be read or written once (what training batch norm
-    reads, twice); the percentages are of the FMA rate and the copy bandwidth measured in the same run.
+    reads, twice); the percentages are of the FMA rate (on a CUDA device, of PyTorch's matrix product's rate) and the
+    copy bandwidth measured in the same run.
     """
-    if device == "cuda":
-        raise click.UsageError("--device cuda: this build has no CUDA kernels")
+    if precision != "ieee" and device != "cuda":
+        raise click.UsageError(f"--precision {precision} is for --device cuda")
     if accuracy and "float64" in dtypes:
         raise click.UsageError("--accuracy --dtype float64: errors are measured against float64 itself")
     import torch
@@ -109,6 +115,8 @@ def run(
     from ..bench import report, runner
     from ._console import console
 
+    if device == "cuda":
+        _use_cuda(precision)
     if threads is not None:
         torch.set_num_threads(threads)
     layouts = ("nchw", "channels_last") if layout == "both" else (layout,)
@@ -119,8 +127,8 @@ def run(
         for entry in entries:
             click.echo(" ".join(str(value) for value in entry.key().values()))
         return
-    options = runner.Options(warmup, repeats, min_time, accuracy, data, seed)
-    machine = runner.environment(entries)
+    options = runner.Options(warmup, repeats, min_time, accuracy, data, seed, device, precision)
+    machine = runner.environment(entries, device, precision)
     out = console()
     out.print(report.heading(machine))
     for warning in machine["warnings"]:
@@ -140,6 +148,20 @@ def run(
         raise click.Abort
     if any(result["status"] != "ok" for result in results):
         raise SystemExit(1)
+
+
+def _use_cuda(precision: str) -> None:
+    import torch
+
+    from .._lib import C
+
+    if C.cuda_build() is None:
+        raise click.UsageError("--device cuda: this build has no CUDA kernels")
+    if not torch.cuda.is_available():
+        raise click.UsageError("--device cuda: PyTorch sees no CUDA device")
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
+    torch.backends.cuda.matmul.fp32_precision = precision
 
 
 def _with_bar(results: Iterator[dict[str, Any]], entries: Sequence[Entry]) -> Iterator[dict[str, Any]]:

@@ -3,8 +3,9 @@
 An operator ``cnnops::X`` is declared once, as an :class:`Operator`: its schema, the kernel call, the shape function and
 the formulas for its derivative and for vmap. ``Operator.__call__`` then takes the cheapest way that is right:
 
-* plain CPU tensors, no gradient: the kernel, without torch's dispatcher (a conv2d call through it costs 3 µs more);
-* plain CPU tensors, a gradient: the same inside a ``torch.autograd.Function``;
+* plain CPU or CUDA tensors, no gradient: the kernel, without torch's dispatcher (a conv2d call through it costs 3 µs
+  more);
+* plain CPU or CUDA tensors, a gradient: the same inside a ``torch.autograd.Function``;
 * under functorch's transforms: a ``torch.autograd.Function`` of the style they ask for, with a vmap rule;
 * anything else (compiling, exporting, dispatch modes, tensor subclasses, meta tensors): ``torch.ops.cnnops.X``, which
   has fake, autograd, vmap and flop rules registered.
@@ -15,6 +16,7 @@ Forward-mode AD never reaches an operator (``register_autograd`` would silently 
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import os
@@ -35,6 +37,7 @@ KERNEL_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.f
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _POOLED_BYTES = 1 << 16
+_DEVICES = ("cpu", "meta", "cuda") if C.cuda_build() else ("cpu", "meta")
 # DLPack's type code and width.
 _DLPACK_TYPES = {
     torch.float32: (2, 32),
@@ -53,7 +56,8 @@ class Operator:
 
     Args:
         schema: ``name(arguments) -> results`` in torch's schema language, functional (nothing is mutated, no aliases).
-        kernel: computes the results for CPU tensors; called with the arguments in the schema's order, all of them.
+        kernel: computes the results, on the CPU or on a CUDA device; called with the arguments in the schema's order,
+            all of them.
         fake: the same without data: returns empty tensors of exactly the kernel's shapes, dtypes and strides.
         setup_context, backward: as for ``torch.library.register_autograd``; ``backward`` must use differentiable
             functions only (other operators' functions), which makes higher derivatives right. None: not differentiable.
@@ -81,6 +85,8 @@ class Operator:
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         qualified = f"cnnops::{self.name}"
         LIBRARY.impl(self.name, kernel, "CPU")
+        if "cuda" in _DEVICES:
+            LIBRARY.impl(self.name, kernel, "CUDA")
         torch.library.register_fake(qualified, fake, lib=LIBRARY)
         self.public = getattr(torch.ops.cnnops, self.name).default
         self.function: type[torch.autograd.Function] | None = None
@@ -91,7 +97,8 @@ class Operator:
         self.transformed = _functorch_function(self, setup_context, backward)
         torch.library.register_vmap(qualified, self._vmap, lib=LIBRARY)
         if autocast:
-            LIBRARY.impl(self.name, _autocasting(self, tuple(autocast)), "AutocastCPU")
+            for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+                LIBRARY.impl(self.name, _autocasting(self, tuple(autocast), device, key), key)
         if flops is not None:
             register_flop_formula(getattr(torch.ops.cnnops, self.name))(flops)
         OPERATORS[self.name] = self
@@ -159,18 +166,19 @@ def _functorch_function(
     return type(op.name, (torch.autograd.Function,), {k: staticmethod(v) for k, v in members.items()})
 
 
-def _autocasting(op: Operator, positions: tuple[int, ...]) -> Callable[..., Any]:
-    """The operator's rule for autocast on the CPU: float32 tensors at these positions go to autocast's dtype."""
+def _autocasting(op: Operator, positions: tuple[int, ...], device: str, key: str) -> Callable[..., Any]:
+    """The operator's rule for autocast on a device: float32 tensors at these positions go to autocast's dtype."""
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def rule(*args: Any) -> Any:
-        dtype = torch.get_autocast_dtype("cpu")
+        dtype = torch.get_autocast_dtype(device)
         cast = [
             a.to(dtype)
             if i in positions and isinstance(a, Tensor) and a.dtype in KERNEL_DTYPES - {torch.float64}
             else a
             for i, a in enumerate(args)
         ]
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)):
+        with torch._C._ExcludeDispatchKeyGuard(keys):
             return op.public(*cast)
 
     return rule
@@ -180,7 +188,7 @@ def _plain(args: tuple[Any, ...]) -> bool:
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False
     for a in args:
-        if isinstance(a, Tensor) and (type(a) not in _PLAIN_TYPES or not a.is_cpu or a.is_neg()):
+        if isinstance(a, Tensor) and (type(a) not in _PLAIN_TYPES or not (a.is_cpu or a.is_cuda) or a.is_neg()):
             return False
         # What a transform saved for backward can outlive it, as a wrapper without data that the dispatcher takes off.
         if type(a) is Tensor and _functorch.is_functorch_wrapped_tensor(a):
@@ -215,7 +223,8 @@ def applier(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 
 
 def supported(input: Tensor, *tensors: Tensor | None) -> bool:
-    """Whether the kernels take these tensors: on the CPU (or meta, or fake), strided, of one of the four float dtypes.
+    """Whether the kernels take these tensors: strided, of one of the four float dtypes, on the CPU (or meta, or fake)
+    or, in builds with CUDA kernels, on a CUDA device of compute capability 8.0 or more.
 
     Not so what is no tensor, a meta input beside a weight that is none (PyTorch takes them), and a tensor subclass that
     knows PyTorch's ops alone (distributed, masked, quantized ones).
@@ -229,9 +238,18 @@ def supported(input: Tensor, *tensors: Tensor | None) -> bool:
             return False
         if t.dtype not in KERNEL_DTYPES or t.layout is not torch.strided:
             return False
-        if t.device.type not in ("cpu", "meta") or (input.is_meta and not t.is_meta):
+        device = t.device.type
+        if device not in _DEVICES or (input.is_meta and not t.is_meta):
+            return False
+        if device == "cuda" and not _capable(t.device.index):
             return False
     return True
+
+
+@functools.cache
+def _capable(device: int | None) -> bool:
+    # A fake tensor on "cuda" can live where there is no device at all.
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def transparent(kind: type) -> bool:

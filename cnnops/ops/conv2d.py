@@ -40,6 +40,14 @@ def _format(*images: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def _precision(t: Tensor) -> tuple[int, ...]:
+    """The kernel (-1: chosen) and the precision of float32 products on a CUDA device (``csrc/ops/conv2d.h``)."""
+    if t.dtype != torch.float32:
+        return ()
+    setting = torch._C._get_fp32_precision_getter("cuda", "conv")  # torch.backends.cudnn.conv.fp32_precision, in 0.1 µs
+    return (-1, {"tf32": 1, "bf16": 2}.get(setting, 0))
+
+
 # ---- y = x * w -------------------------------------------------------------------------------------------------------
 
 
@@ -53,7 +61,7 @@ def _kernel(
         C.conv2d_forward(
             y, dense(x, format), weight, None if bias is None else bias.contiguous(),
             None if residual is None else dense(residual, format), stride, padding[::2], dilation, groups, activation,
-            threads(),
+            threads(), *(() if x.is_cpu else _precision(x)),
         )  # fmt: skip
     return y
 
@@ -138,7 +146,18 @@ def _input_grad_kernel(
     if dx.numel():
         dy = dense(dy, _format(dy, weight))
         bias = None if bias is None else bias.contiguous()
-        C.conv2d_input_grad(dx, dy, weight, bias, stride, padding[::2], dilation, groups, threads())
+        C.conv2d_input_grad(
+            dx,
+            dy,
+            weight,
+            bias,
+            stride,
+            padding[::2],
+            dilation,
+            groups,
+            threads(),
+            *(() if dx.is_cpu else _precision(dx)),
+        )
     return dx
 
 
@@ -192,7 +211,17 @@ def _weight_grad_kernel(
     dw = _weight_grad_fake(dy, x, r, s, stride, padding, dilation, groups, channels_last)
     if dw.numel():
         format = _format(x, dy)
-        C.conv2d_weight_grad(dw, dense(dy, format), dense(x, format), stride, padding[::2], dilation, groups, threads())
+        C.conv2d_weight_grad(
+            dw,
+            dense(dy, format),
+            dense(x, format),
+            stride,
+            padding[::2],
+            dilation,
+            groups,
+            threads(),
+            *(() if x.is_cpu else _precision(x)),
+        )
     return dw
 
 
@@ -293,12 +322,13 @@ def _check(
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors in autocast's dtype, where it is on for the CPU."""
-    if not torch.is_autocast_enabled("cpu"):
+    """The tensors in autocast's dtype, where it is on for the device of the first."""
+    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return tensors
-    dtype = torch.get_autocast_dtype("cpu")
+    dtype = torch.get_autocast_dtype(device)
     return tuple(
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 and t.device.type == "cpu"
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 and t.device.type == device
         else t
         for t in tensors
     )  # fmt: skip
@@ -351,7 +381,7 @@ def conv2d(
         )
         if y is not None:
             return _apply(input, weight, bias, y, stride, padding, dilation, groups) if type(y) is tuple else y
-    if torch.is_autocast_enabled("cpu"):
+    if torch._C._is_any_autocast_enabled():
         input, weight, bias, residual = _autocast(input, weight, bias, residual)  # type: ignore[assignment]
     step, dil = pair(stride, "stride", "conv2d"), pair(dilation, "dilation", "conv2d")
     if not supported(input, weight, bias, residual) or needs_composite(input, weight, bias, residual):
@@ -429,7 +459,7 @@ def conv_transpose2d(
         torch.Size([1, 2, 16, 16])
     """
     name = "conv_transpose2d"
-    if torch.is_autocast_enabled("cpu"):
+    if torch._C._is_any_autocast_enabled():
         input, weight, bias = _autocast(input, weight, bias)  # type: ignore[assignment]
     if not supported(input, weight, bias) or needs_composite(input, weight, bias):
         return F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)

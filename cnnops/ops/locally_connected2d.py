@@ -193,7 +193,7 @@ def locally_connected2d(
         >>> locally_connected2d(torch.randn(2, 3, 8, 8), weight).shape
         torch.Size([2, 4, 6, 6])
     """
-    if torch.is_autocast_enabled("cpu"):
+    if torch._C._is_any_autocast_enabled():
         input, weight, bias = _autocast(input, weight, bias)  # type: ignore[assignment]
     step, spread = pair(stride, "stride", _OP), pair(dilation, "dilation", _OP)
     if min(step) <= 0 or min(spread) <= 0:

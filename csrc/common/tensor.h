@@ -5,10 +5,17 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/launch.h"
 
 namespace cnnops {
 
 enum class Device : uint8_t { cpu, cuda, other };
+
+struct Place {
+  Device device = Device::cpu;
+  int id = 0;
+  bool operator==(const Place&) const = default;
+};
 
 struct Tensor {
   static constexpr int kMaxDims = 8;
@@ -17,8 +24,7 @@ struct Tensor {
   int64_t stride[kMaxDims] = {};  // in elements
   int ndim = 0;
   DType dtype = DType::other;
-  Device device = Device::cpu;
-  int device_id = 0;
+  Place place;
 
   int64_t numel() const {
     int64_t count = 1;

@@ -30,7 +30,7 @@ bool tensor(PyObject* object, Tensor& out, int ndim) {
   PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(object));
   if (type != plain_types[0] && type != plain_types[1]) return false;
   out = tensor_from_python(object);  // throws for what has no memory to point to
-  if (out.device != Device::cpu || out.ndim != ndim || out.dtype > DType::f16 || !out.data || out.numel() == 0)
+  if (out.place.device != Device::cpu || out.ndim != ndim || out.dtype > DType::f16 || !out.data || out.numel() == 0)
     return false;
   PyObject* const negative = PyObject_CallMethodNoArgs(object, is_neg_name);
   Py_XDECREF(negative);

@@ -112,6 +112,8 @@ const char* name(Isa isa) {
     case Isa::avx2: return "avx2";
     case Isa::avx512: return "avx512";
     case Isa::amx: return "amx";
+    case Isa::cuda: return "cuda";
+    case Isa::cuda_emulated: return "cuda_emulated";
   }
   return "?";
 }

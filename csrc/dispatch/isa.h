@@ -6,7 +6,8 @@
 
 namespace cnnops {
 
-enum class Isa : int { reference = -1, baseline = 0, avx2 = 1, avx512 = 2, amx = 3 };
+// cuda is no level: its kernels are for tensors on a device. cuda_emulated is the same sources on the CPU, for tests.
+enum class Isa : int { cuda_emulated = -2, reference = -1, baseline = 0, avx2 = 1, avx512 = 2, amx = 3, cuda = 100 };
 
 struct IsaLevel {
   Isa isa;

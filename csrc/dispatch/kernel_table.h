@@ -10,6 +10,7 @@
 
 #include "common/check.h"
 #include "common/dtype.h"
+#include "dispatch/device.h"
 #include "dispatch/isa.h"
 
 // In an .inc file: CNNOPS_KERNEL(pass, isa, dtype, function, accepts), where `accepts` is a predicate on the Params,
@@ -24,6 +25,28 @@
 #else
 #define CNNOPS_KERNELS_X86(pass, isa, function, accepts)
 #endif
+// The kernel for CUDA devices, and the same source compiled for the host's emulator.
+#if CNNOPS_CUDA
+#define CNNOPS_KERNEL_CUDA(pass, dtype, function, accepts) CNNOPS_KERNEL(pass, cuda, dtype, function, accepts)
+#define CNNOPS_KERNELS_CUDA(pass, function, accepts) CNNOPS_KERNELS(pass, cuda, function, accepts)
+#else
+#define CNNOPS_KERNEL_CUDA(pass, dtype, function, accepts)
+#define CNNOPS_KERNELS_CUDA(pass, function, accepts)
+#endif
+#if CNNOPS_EMULATION
+#define CNNOPS_KERNEL_CUDA_EMULATED(pass, dtype, function, accepts) \
+  CNNOPS_KERNEL(pass, cuda_emulated, dtype, function, accepts)
+#define CNNOPS_KERNELS_CUDA_EMULATED(pass, function, accepts) CNNOPS_KERNELS(pass, cuda_emulated, function, accepts)
+#else
+#define CNNOPS_KERNEL_CUDA_EMULATED(pass, dtype, function, accepts)
+#define CNNOPS_KERNELS_CUDA_EMULATED(pass, function, accepts)
+#endif
+#define CNNOPS_KERNEL_DEVICE(pass, dtype, function, accepts) \
+  CNNOPS_KERNEL_CUDA(pass, dtype, function, accepts)         \
+  CNNOPS_KERNEL_CUDA_EMULATED(pass, dtype, function, accepts)
+#define CNNOPS_KERNELS_DEVICE(pass, function, accepts) \
+  CNNOPS_KERNELS_CUDA(pass, function, accepts)         \
+  CNNOPS_KERNELS_CUDA_EMULATED(pass, function, accepts)
 // A kernel at every level; a generic one also has its reference.
 #define CNNOPS_KERNELS_CPU(pass, function, accepts)   \
   CNNOPS_KERNELS_X86(pass, avx512, function, accepts) \
@@ -66,14 +89,20 @@ bool any(const Params&) {
   return true;
 }
 
-inline bool usable(Isa isa) { return isa == Isa::reference || isa <= isa_limit(); }
+inline bool usable(Isa isa) {
+  return isa == Isa::cuda ? device_count() > 0 : isa < Isa::baseline || isa <= isa_limit();
+}
+// Whether rows of this kind are chosen without being named, for tensors on a device or for tensors on the CPU.
+inline bool chosen_by_itself(Isa isa, bool on_device) {
+  return isa >= Isa::baseline && (isa == Isa::cuda) == on_device;
+}
 
 // What Python is shown of a row.
 struct KernelInfo {
   std::string op, pass, isa, dtype, function;
   int row;
   bool usable;    // built, supported by this CPU and within the limit
-  bool selected;  // the first usable row of its pass and dtype that takes every problem
+  bool selected;  // the first usable row of its pass, dtype and device that takes every problem
 };
 
 constexpr int kSelect = -1;
@@ -85,7 +114,7 @@ struct NotApplicable : std::invalid_argument {
 
 template <class Params>
 const KernelRow<Params>& select(std::span<const KernelRow<Params>> table, const char* pass, DType dtype,
-                                const Params& params, int row = kSelect) {
+                                const Params& params, bool on_device = false, int row = kSelect) {
   if (row != kSelect) {
     CNNOPS_CHECK(row >= 0 && row < static_cast<int>(table.size()), std::invalid_argument, "kernel: row ", row,
                  " is not in the table, which has ", table.size(), " rows");
@@ -93,16 +122,18 @@ const KernelRow<Params>& select(std::span<const KernelRow<Params>> table, const 
     CNNOPS_CHECK(std::strcmp(chosen.pass, pass) == 0 && chosen.dtype == dtype, std::invalid_argument, "kernel: row ",
                  row, " is ", chosen.function, " for ", chosen.pass, " in ", name(chosen.dtype), ", not for ", pass,
                  " in ", name(dtype));
+    CNNOPS_CHECK((chosen.isa == Isa::cuda) == on_device, std::invalid_argument, "kernel: row ", row, " is for tensors ",
+                 on_device ? "on the CPU" : "on a CUDA device");
     CNNOPS_CHECK(usable(chosen.isa), std::runtime_error, "kernel: row ", row, " needs ", name(chosen.isa),
                  ", which cannot be used here");
     CNNOPS_CHECK(chosen.accepts(params), NotApplicable, "kernel: ", chosen.function, " does not take this problem");
     return chosen;
   }
   for (const auto& candidate : table)
-    if (candidate.dtype == dtype && std::strcmp(candidate.pass, pass) == 0 && candidate.isa != Isa::reference &&
-        usable(candidate.isa) && candidate.accepts(params))
+    if (candidate.dtype == dtype && std::strcmp(candidate.pass, pass) == 0 &&
+        chosen_by_itself(candidate.isa, on_device) && usable(candidate.isa) && candidate.accepts(params))
       return candidate;
-  throw std::runtime_error(message("no kernel for ", pass, " in ", name(dtype)));
+  throw std::runtime_error(message("no kernel for ", pass, " in ", name(dtype), on_device ? " on a CUDA device" : ""));
 }
 
 template <class Params>
@@ -110,9 +141,11 @@ std::vector<KernelInfo> describe(const char* op, std::span<const KernelRow<Param
   std::vector<KernelInfo> rows;
   for (size_t i = 0; i < table.size(); ++i) {
     const auto& row = table[i];
-    bool selected = row.isa != Isa::reference && usable(row.isa) && row.accepts == &any<Params>;
+    const bool on_device = row.isa == Isa::cuda;
+    bool selected = chosen_by_itself(row.isa, on_device) && usable(row.isa) && row.accepts == &any<Params>;
     for (size_t j = 0; j < i && selected; ++j)
-      selected = !(rows[j].selected && rows[j].pass == row.pass && rows[j].dtype == name(row.dtype));
+      selected = !(rows[j].selected && rows[j].pass == row.pass && rows[j].dtype == name(row.dtype) &&
+                   (table[j].isa == Isa::cuda) == on_device);
     rows.push_back(
         {op, row.pass, name(row.isa), name(row.dtype), row.function, static_cast<int>(i), usable(row.isa), selected});
   }

@@ -1,5 +1,6 @@
 #include "dispatch/tensor_arg.h"
 
+#include "dispatch/device.h"
 #include "dispatch/dlpack.h"
 
 namespace py = pybind11;
@@ -17,6 +18,12 @@ const char* name(DType dtype) {
     case DType::other: return "an unsupported dtype";
   }
   return "?";
+}
+
+std::string place_text(Place place) {
+  return place.device == Device::cpu    ? "the CPU"
+         : place.device == Device::cuda ? "cuda:" + std::to_string(place.id)
+                                        : "an unsupported device";
 }
 
 namespace {
@@ -54,6 +61,7 @@ Tensor from_buffer(PyObject* object) {
   }
   PyBuffer_Release(&view);
   CNNOPS_CHECK(fits, std::invalid_argument, "a tensor of ", out.ndim, " dimensions is not supported");
+  note_tensor(out);
   return out;
 }
 
@@ -68,8 +76,11 @@ bool dense(const Tensor& t, Layout layout) {
   return true;
 }
 
-void expect_cpu(const char* op, const NamedTensor& t, DType dtype) {
-  CNNOPS_CHECK(t.tensor->device == Device::cpu, std::runtime_error, op, ": ", t.name, " is not on the CPU");
+void expect_on(const char* op, const NamedTensor& t, DType dtype, Place place) {
+  CNNOPS_CHECK(place.device != Device::other, std::runtime_error, op, ": ", t.name,
+               " is neither on the CPU nor on a CUDA device");
+  CNNOPS_CHECK(t.tensor->place == place, std::runtime_error, op, ": expected ", t.name, " on ", place_text(place),
+               ", but it is on ", place_text(t.tensor->place));
   CNNOPS_CHECK(t.tensor->dtype == dtype, std::runtime_error, op, ": expected ", t.name, " in ", name(dtype),
                ", but it is in ", name(t.tensor->dtype));
 }
@@ -116,16 +127,19 @@ Tensor tensor_from_python(PyObject* object) {
   out.data = static_cast<char*>(source.data) + source.byte_offset;
   out.ndim = source.ndim;
   out.dtype = dtype_of(source.dtype);
-  out.device = source.device.type == dlpack::kCpu || source.device.type == dlpack::kCudaHost ? Device::cpu
-               : source.device.type == dlpack::kCuda                                         ? Device::cuda
-                                                                                             : Device::other;
-  out.device_id = source.device.id;
+  if (source.device.type == dlpack::kCuda) {
+    out.place = {Device::cuda, source.device.id};
+    note_device_api(api);
+  } else if (source.device.type != dlpack::kCpu && source.device.type != dlpack::kCudaHost) {
+    out.place = {Device::other, source.device.id};
+  }
   int64_t dense_stride = 1;
   for (int i = source.ndim - 1; i >= 0; --i) {
     out.shape[i] = source.shape[i];
     out.stride[i] = source.strides ? source.strides[i] : dense_stride;
     dense_stride *= source.shape[i];
   }
+  note_tensor(out);
   return out;
 }
 
@@ -137,10 +151,15 @@ std::string shape_text(const Tensor& t) {
 
 Layout common_layout(const char* op, DType dtype, std::initializer_list<NamedTensor> images) {
   bool nchw = true, nhwc = true;
+  const Place place = images.begin()->tensor->place;
   for (const NamedTensor& image : images) {
     CNNOPS_CHECK(image.tensor->ndim == 4, std::invalid_argument, op, ": expected ", image.name,
                  " with 4 dimensions, but its shape is ", shape_text(*image.tensor));
-    expect_cpu(op, image, dtype);
+    expect_on(op, image, dtype, place);
+    for (int d = 1; d < 4; ++d)
+      CNNOPS_CHECK(place.device == Device::cpu || image.tensor->shape[d] < int64_t{1} << 31, std::invalid_argument, op,
+                   ": on a device, ", image.name, " must measure under 2^31 along each axis, but its shape is ",
+                   shape_text(*image.tensor));
     nchw = nchw && dense(*image.tensor, Layout::nchw);
     nhwc = nhwc && dense(*image.tensor, Layout::nhwc);
   }
@@ -148,10 +167,10 @@ Layout common_layout(const char* op, DType dtype, std::initializer_list<NamedTen
   return nchw ? Layout::nchw : Layout::nhwc;
 }
 
-void expect_layout(const char* op, const NamedTensor& image, DType dtype, Layout layout) {
+void expect_layout(const char* op, const NamedTensor& image, DType dtype, Layout layout, Place place) {
   CNNOPS_CHECK(image.tensor->ndim == 4, std::invalid_argument, op, ": expected ", image.name,
                " with 4 dimensions, but its shape is ", shape_text(*image.tensor));
-  expect_cpu(op, image, dtype);
+  expect_on(op, image, dtype, place);
   CNNOPS_CHECK(dense(*image.tensor, layout), std::invalid_argument, op, ": ", image.name,
                " must lie in the layout of the other images");
 }
@@ -169,8 +188,9 @@ void expect_shape(const char* op, const NamedTensor& t, std::initializer_list<in
                shape_text(*t.tensor));
 }
 
-void expect_contiguous(const char* op, const NamedTensor& t, DType dtype, std::initializer_list<int64_t> shape) {
-  expect_cpu(op, t, dtype);
+void expect_contiguous(const char* op, const NamedTensor& t, DType dtype, std::initializer_list<int64_t> shape,
+                       Place place) {
+  expect_on(op, t, dtype, place);
   expect_shape(op, t, shape);
   int64_t expected = 1;
   for (int d = t.tensor->ndim - 1; d >= 0; --d) {

@@ -29,12 +29,11 @@ AdaptiveAvgPool2dParams validate(const char* op, const Tensor& in, const Tensor&
 }
 
 void forward(const Tensor& y, const Tensor& x, int threads, int kernel) {
-  run(table<AdaptiveAvgPool2dParams>(), "forward", x.dtype, validate("adaptive_avg_pool2d", x, y, x, y, threads),
-      kernel);
+  run(table<AdaptiveAvgPool2dParams>(), "forward", x, validate("adaptive_avg_pool2d", x, y, x, y, threads), kernel);
 }
 
 void backward(const Tensor& dx, const Tensor& dy, int threads, int kernel) {
-  run(table<AdaptiveAvgPool2dParams>(), "backward", dx.dtype,
+  run(table<AdaptiveAvgPool2dParams>(), "backward", dx,
       validate("adaptive_avg_pool2d_backward", dy, dx, dx, dy, threads), kernel);
 }
 

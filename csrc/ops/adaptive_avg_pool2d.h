@@ -18,6 +18,7 @@ struct AdaptiveAvgPool2dParams {
   const void* in;  // x in forward, dy in backward
   void* out;       // y in forward, dx in backward
   int threads;
+  Launch* launch = nullptr;
 };
 
 }  // namespace cnnops

@@ -18,11 +18,11 @@ void forward(const Tensor& y, const Tensor& indices, const Tensor& x, int thread
   p.n = x.shape[0], p.c = x.shape[1], p.h = x.shape[2], p.w = x.shape[3], p.p = y.shape[2], p.q = y.shape[3];
   expect_shape(op, {"y", &y}, {p.n, p.c, p.p, p.q});
   expect_shape(op, {"indices", &indices}, {p.n, p.c, p.p, p.q});
-  expect_layout(op, {"indices", &indices}, DType::i64, p.layout);
+  expect_layout(op, {"indices", &indices}, DType::i64, p.layout, x.place);
   CNNOPS_CHECK(p.h > 0 && p.w > 0 && p.p > 0 && p.q > 0, std::invalid_argument, op, ": images must not be empty");
   CNNOPS_CHECK(p.h <= kMaxPlane / p.w, std::invalid_argument, op, ": images of ", p.h, " x ", p.w, " are too large");
   p.x = x.data, p.y = y.data, p.indices = static_cast<int64_t*>(indices.data), p.threads = threads;
-  run(table<AdaptiveMaxPool2dParams>(), "forward", x.dtype, p, kernel);
+  run(table<AdaptiveMaxPool2dParams>(), "forward", x, p, kernel);
 }
 
 }  // namespace

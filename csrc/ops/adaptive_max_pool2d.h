@@ -18,6 +18,7 @@ struct AdaptiveMaxPool2dParams {
   void* y;
   int64_t* indices;
   int threads;
+  Launch* launch = nullptr;
 };
 
 }  // namespace cnnops

@@ -37,13 +37,13 @@ AvgPool2dParams validate(const char* op, const Tensor& in, const Tensor& out, co
 
 void forward(const Tensor& y, const Tensor& x, std::array<int64_t, 2> kernel_size, std::array<int64_t, 2> stride,
              std::array<int64_t, 2> padding, bool count_include_pad, int64_t divisor, int threads, int kernel) {
-  run(table<AvgPool2dParams>(), "forward", x.dtype,
+  run(table<AvgPool2dParams>(), "forward", x,
       validate("avg_pool2d", x, y, x, y, kernel_size, stride, padding, count_include_pad, divisor, threads), kernel);
 }
 
 void backward(const Tensor& dx, const Tensor& dy, std::array<int64_t, 2> kernel_size, std::array<int64_t, 2> stride,
               std::array<int64_t, 2> padding, bool count_include_pad, int64_t divisor, int threads, int kernel) {
-  run(table<AvgPool2dParams>(), "backward", dx.dtype,
+  run(table<AvgPool2dParams>(), "backward", dx,
       validate("avg_pool2d_backward", dy, dx, dx, dy, kernel_size, stride, padding, count_include_pad, divisor,
                threads),
       kernel);

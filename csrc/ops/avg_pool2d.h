@@ -24,6 +24,7 @@ struct AvgPool2dParams {
   const void* in;   // x in forward, dy in backward
   void* out;        // y in forward, dx in backward
   int threads;
+  Launch* launch = nullptr;
 };
 
 }  // namespace cnnops

@@ -30,20 +30,20 @@ DType affine_dtype(const char* op, const Tensor& x,
                std::runtime_error, op, ": weight and bias must be in ", name(x.dtype),
                " or, beside a 16-bit input, in float32, but are in ", name(dtype));
   for (const auto& [label, t] : all)
-    if (*t) expect_contiguous(op, {label, &**t}, dtype, {x.shape[1]});
+    if (*t) expect_contiguous(op, {label, &**t}, dtype, {x.shape[1]}, x.place);
   return dtype;
 }
 
-void expect_statistics(const char* op, const Tensor& mean, const Tensor& var, int64_t c) {
+void expect_statistics(const char* op, const Tensor& mean, const Tensor& var, int64_t c, Place place) {
   CNNOPS_CHECK(mean.dtype != DType::other && mean.dtype != DType::u8 && mean.dtype != DType::i64, std::runtime_error,
                op, ": mean is in ", name(mean.dtype), ", which is not a floating-point dtype");
-  expect_contiguous(op, {"mean", &mean}, mean.dtype, {c});
-  expect_contiguous(op, {"var", &var}, mean.dtype, {c});
+  expect_contiguous(op, {"mean", &mean}, mean.dtype, {c}, place);
+  expect_contiguous(op, {"var", &var}, mean.dtype, {c}, place);
 }
 
 BatchNormParams parameters(const char* op, Layout layout, const Tensor& x, const Tensor& mean, const Tensor& var,
                            double eps, int activation, int threads) {
-  expect_statistics(op, mean, var, x.shape[1]);
+  expect_statistics(op, mean, var, x.shape[1], x.place);
   CNNOPS_CHECK(activation >= 0 && activation < kActivations, std::invalid_argument, op, ": activation ", activation,
                " is not one of the ", kActivations, " known");
   BatchNormParams p{};
@@ -58,10 +58,10 @@ BatchNormParams parameters(const char* op, Layout layout, const Tensor& x, const
   return p;
 }
 
-void run_with_workspace(const char* pass, DType dtype, BatchNormParams p, int kernel) {
-  const Scratch<char> workspace(batch_norm_workspace_bytes(p));
+void run_with_workspace(const char* pass, const Tensor& on, BatchNormParams p, int kernel) {
+  const Scratch<char> workspace(on.place.device == Device::cpu ? batch_norm_workspace_bytes(p) : 0);
   p.workspace = workspace.data;
-  run(table<BatchNormParams>(), pass, dtype, p, kernel);
+  run(table<BatchNormParams>(), pass, on, p, kernel);
 }
 
 void forward(const Tensor& y, const Tensor& mean, const Tensor& var, const Tensor& x, const OptionalTensor& weight,
@@ -77,7 +77,7 @@ void forward(const Tensor& y, const Tensor& mean, const Tensor& var, const Tenso
   p.training = training;
   p.weight = data(weight), p.bias = data(bias), p.residual = data(residual);
   p.y = y.data;
-  run_with_workspace(training ? "training" : "evaluation", x.dtype, p, kernel);
+  run_with_workspace(training ? "training" : "evaluation", x, p, kernel);
 }
 
 void backward(const OptionalTensor& dx, const OptionalTensor& dweight, const OptionalTensor& dbias,
@@ -100,22 +100,33 @@ void backward(const OptionalTensor& dx, const OptionalTensor& dweight, const Opt
   p.weight = data(weight), p.bias = data(bias), p.residual = data(residual);
   p.dy = dy.data, p.saved_y = data(y);
   p.dx = data(dx), p.dresidual = data(dresidual), p.dweight = data(dweight), p.dbias = data(dbias);
-  run_with_workspace("backward", x.dtype, p, kernel);
+  run_with_workspace("backward", x, p, kernel);
 }
 
 // running = (1 - momentum) * running + momentum * observed, with the unbiased variance of `count` elements.
 void update(const Tensor& running_mean, const Tensor& running_var, const Tensor& mean, const Tensor& var,
-            double momentum, int64_t count) {
+            double momentum, int64_t count, int kernel) {
   static constexpr const char* kOp = "batch_norm";
   CNNOPS_CHECK(mean.ndim == 1 && mean.dtype == DType::f64, std::invalid_argument, kOp,
                ": mean must be a float64 vector");
   const int64_t c = mean.shape[0];
-  expect_statistics(kOp, mean, var, c);
+  expect_statistics(kOp, mean, var, c, mean.place);
   for (const NamedTensor& t : {NamedTensor{"running_mean", &running_mean}, {"running_var", &running_var}}) {
     expect_shape(kOp, t, {c});
-    CNNOPS_CHECK(t.tensor->device == Device::cpu && (t.tensor->dtype == DType::f32 || t.tensor->dtype == DType::f64 ||
-                                                     t.tensor->dtype == DType::bf16 || t.tensor->dtype == DType::f16),
-                 std::runtime_error, kOp, ": ", t.name, " must be a floating-point tensor on the CPU");
+    CNNOPS_CHECK(t.tensor->place == mean.place && (t.tensor->dtype == DType::f32 || t.tensor->dtype == DType::f64 ||
+                                                   t.tensor->dtype == DType::bf16 || t.tensor->dtype == DType::f16),
+                 std::runtime_error, kOp, ": ", t.name, " must be a floating-point tensor on ", place_text(mean.place));
+  }
+  if (mean.place.device == Device::cuda || kernel != kSelect) {
+    CNNOPS_CHECK(running_mean.dtype == running_var.dtype, std::runtime_error, kOp,
+                 ": running_mean and running_var must be of one dtype");
+    BatchNormParams p{};
+    p.c = c, p.count = count, p.momentum = momentum;
+    p.mean = mean.data, p.var = var.data, p.statistics = DType::f64;
+    p.running_mean = running_mean.data, p.running_mean_stride = running_mean.stride[0];
+    p.running_var = running_var.data, p.running_var_stride = running_var.stride[0];
+    run(table<BatchNormParams>(), "update", running_mean, p, kernel);
+    return;
   }
   const double unbiased = static_cast<double>(count) / static_cast<double>(count - 1);
   for (int64_t i = 0; i < c; ++i) {
@@ -170,7 +181,7 @@ PyObject* forward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
     forward(y, means, vars, x, optional(2), optional(3), std::nullopt, training, eps, static_cast<int>(activation),
             static_cast<int>(threads), kSelect);
     if (training) {
-      if (vectors[0].data) update(vectors[0], vectors[1], means, vars, momentum, x.numel() / c);
+      if (vectors[0].data) update(vectors[0], vectors[1], means, vars, momentum, x.numel() / c, kSelect);
       return py::make_tuple(std::move(made), std::move(mean), std::move(var)).release().ptr();
     }
     if (grad && (direct::requires_grad(args[0]) || direct::requires_grad(args[3]) || direct::requires_grad(args[4])))
@@ -192,7 +203,8 @@ void bind_batch_norm(py::module_& m) {
   m.def("batch_norm_backward", &backward, "dx"_a, "dweight"_a, "dbias"_a, "dresidual"_a, "dy"_a, "x"_a, "y"_a,
         "residual"_a, "mean"_a, "var"_a, "weight"_a, "bias"_a, "training"_a, "eps"_a, "activation"_a, "threads"_a,
         "kernel"_a = kSelect);
-  m.def("batch_norm_update", &update, "running_mean"_a, "running_var"_a, "mean"_a, "var"_a, "momentum"_a, "count"_a);
+  m.def("batch_norm_update", &update, "running_mean"_a, "running_var"_a, "mean"_a, "var"_a, "momentum"_a, "count"_a,
+        "kernel"_a = kSelect);
 }
 
 }  // namespace cnnops

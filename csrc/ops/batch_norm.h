@@ -41,7 +41,12 @@ struct BatchNormParams {
   void *dx, *dresidual;      // backward, each null where it is not wanted
   void *dweight, *dbias;     // the same
   void* workspace;           // batch_norm_workspace_bytes(p); the references do without
+  // update: running = (1 - momentum) * running + momentum * (mean, or var * count / (count - 1)), in the table's dtype
+  void *running_mean, *running_var;
+  int64_t running_mean_stride, running_var_stride, count;
+  double momentum;
   int threads;
+  Launch* launch = nullptr;
 };
 
 // How the work is cut, from the shape alone.
@@ -95,7 +100,7 @@ static inline int64_t batch_norm_workspace_bytes(const BatchNormParams& p) {
 }
 
 // Element i of a weight, a bias or a statistic.
-static inline double batch_norm_get(const void* data, DType dtype, int64_t i) {
+CNNOPS_HD static inline double batch_norm_get(const void* data, DType dtype, int64_t i) {
   switch (dtype) {
     case DType::f32: return static_cast<const float*>(data)[i];
     case DType::f64: return static_cast<const double*>(data)[i];
@@ -104,7 +109,7 @@ static inline double batch_norm_get(const void* data, DType dtype, int64_t i) {
     default: return 0;
   }
 }
-static inline void batch_norm_set(void* data, DType dtype, int64_t i, double value) {
+CNNOPS_HD static inline void batch_norm_set(void* data, DType dtype, int64_t i, double value) {
   switch (dtype) {
     case DType::f32: static_cast<float*>(data)[i] = static_cast<float>(value); break;
     case DType::f64: static_cast<double*>(data)[i] = value; break;

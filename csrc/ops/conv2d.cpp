@@ -9,6 +9,19 @@ namespace {
 
 bool is_depthwise(const Conv2dParams& p) { return p.groups == p.c && p.k == p.c; }
 
+// Under 8 channels meet 8 filters: no work for matrix products.
+bool has_narrow_groups(const Conv2dParams& p) {
+  return p.groups > 1 && p.c / p.groups < 8 && p.k / p.groups < 8 && p.r * p.s < 65536;
+}
+
+// Coordinates have 32 bits there.
+bool suits_matrix_units(const Conv2dParams& p) {
+  constexpr int64_t kLargest = 1 << 28;
+  return !has_narrow_groups(p) && p.groups < 65536 && p.r * p.s < 65536 && p.stride_h * p.stride_w < 65536 &&
+         max64(p.h, p.w) * max64(p.stride_h, p.stride_w) < kLargest && max64(p.p, p.q) < kLargest &&
+         p.r * p.dilation_h < kLargest && p.s * p.dilation_w < kLargest && max64(p.c, p.k) * p.r * p.s < kLargest;
+}
+
 // From some batch size on, packing the weights into tiles pays.
 bool is_single_pixel(const Conv2dParams& p) {
   constexpr int64_t kMostImages = 8;
@@ -57,9 +70,9 @@ Conv2dParams validate(const char* op, const Tensor& x, const Tensor& weight, con
                       int threads) {
   Conv2dParams p{};
   p.layout = common_layout(op, x.dtype, {{"input", &x}, {"output", &y}});
-  CNNOPS_CHECK(weight.device == Device::cpu && weight.dtype == x.dtype && weight.ndim == 4, std::runtime_error, op,
-               ": expected weight in ", name(x.dtype), " with 4 dimensions on the CPU, but it is ", shape_text(weight),
-               " in ", name(weight.dtype));
+  CNNOPS_CHECK(weight.place == x.place && weight.dtype == x.dtype && weight.ndim == 4, std::runtime_error, op,
+               ": expected weight in ", name(x.dtype), " with 4 dimensions on ", place_text(x.place), ", but it is ",
+               shape_text(weight), " in ", name(weight.dtype), " on ", place_text(weight.place));
   p.n = x.shape[0], p.c = x.shape[1], p.h = x.shape[2], p.w = x.shape[3];
   p.k = weight.shape[0], p.r = weight.shape[2], p.s = weight.shape[3];
   p.p = y.shape[2], p.q = y.shape[3];
@@ -74,6 +87,9 @@ Conv2dParams validate(const char* op, const Tensor& x, const Tensor& weight, con
   CNNOPS_CHECK(p.r > 0 && p.s > 0 && p.stride_h > 0 && p.stride_w > 0 && p.dilation_h > 0 && p.dilation_w > 0,
                std::invalid_argument, op, ": kernel size, stride and dilation must be positive");
   CNNOPS_CHECK(p.pad_h >= 0 && p.pad_w >= 0, std::invalid_argument, op, ": padding must not be negative");
+  for (const Pair& pair : {g.stride, g.padding, g.dilation})
+    CNNOPS_CHECK(x.place.device == Device::cpu || max64(pair[0], pair[1]) < int64_t{1} << 30, std::invalid_argument, op,
+                 ": on a device, stride, padding and dilation must be below 2^30");
   for (int i = 0; i < 4; ++i) p.weight_stride[i] = weight.stride[i];
   p.x = x.data;
   p.weight = weight.data;
@@ -83,18 +99,25 @@ Conv2dParams validate(const char* op, const Tensor& x, const Tensor& weight, con
   return p;
 }
 
-void* optional_vector(const char* op, const char* argument, const std::optional<Tensor>& t, DType dtype, int64_t size) {
+Precision precision_of(const char* op, int number) {
+  CNNOPS_CHECK(number >= 0 && number <= static_cast<int>(Precision::bf16), std::invalid_argument, op, ": precision ",
+               number, " does not exist");
+  return static_cast<Precision>(number);
+}
+
+void* optional_vector(const char* op, const char* argument, const std::optional<Tensor>& t, const Tensor& image,
+                      int64_t size) {
   if (!t) return nullptr;
-  expect_contiguous(op, {argument, &*t}, dtype, {size});
+  expect_contiguous(op, {argument, &*t}, image.dtype, {size}, image.place);
   return t->data;
 }
 
 void forward(const Tensor& y, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
              const std::optional<Tensor>& residual, Pair stride, Pair padding, Pair dilation, int64_t groups,
-             int activation, int threads, int kernel) {
+             int activation, int threads, int kernel, int precision) {
   constexpr const char* kOp = "conv2d";
   Conv2dParams p = validate(kOp, x, weight, y, {stride, padding, dilation, groups}, threads);
-  p.bias = optional_vector(kOp, "bias", bias, x.dtype, p.k);
+  p.bias = optional_vector(kOp, "bias", bias, x, p.k);
   if (residual) {
     p.layout = common_layout(kOp, x.dtype, {{"input", &x}, {"output", &y}, {"residual", &*residual}});
     expect_shape(kOp, {"residual", &*residual}, {p.n, p.k, p.p, p.q});
@@ -103,32 +126,36 @@ void forward(const Tensor& y, const Tensor& x, const Tensor& weight, const std::
   CNNOPS_CHECK(activation >= 0 && activation <= static_cast<int>(Activation::gelu), std::invalid_argument, kOp,
                ": activation ", activation, " does not exist");
   p.activation = static_cast<Activation>(activation);
-  run(table<Conv2dParams>(), "forward", x.dtype, p, kernel);
+  p.precision = precision_of(kOp, precision);
+  run(table<Conv2dParams>(), "forward", x, p, kernel);
 }
 
 void input_grad(const Tensor& dx, const Tensor& dy, const Tensor& weight, const std::optional<Tensor>& bias,
-                Pair stride, Pair padding, Pair dilation, int64_t groups, int threads, int kernel) {
+                Pair stride, Pair padding, Pair dilation, int64_t groups, int threads, int kernel, int precision) {
   constexpr const char* kOp = "conv2d_input_grad";
   Conv2dParams p = validate(kOp, dx, weight, dy, {stride, padding, dilation, groups}, threads);
-  p.bias = optional_vector(kOp, "bias", bias, dx.dtype, p.c);
-  run(table<Conv2dParams>(), "input_grad", dx.dtype, p, kernel);
+  p.bias = optional_vector(kOp, "bias", bias, dx, p.c);
+  p.precision = precision_of(kOp, precision);
+  run(table<Conv2dParams>(), "input_grad", dx, p, kernel);
 }
 
 void weight_grad(const Tensor& dw, const Tensor& dy, const Tensor& x, Pair stride, Pair padding, Pair dilation,
-                 int64_t groups, int threads, int kernel) {
-  const Conv2dParams p = validate("conv2d_weight_grad", x, dw, dy, {stride, padding, dilation, groups}, threads);
-  run(table<Conv2dParams>(), "weight_grad", x.dtype, p, kernel);
+                 int64_t groups, int threads, int kernel, int precision) {
+  constexpr const char* kOp = "conv2d_weight_grad";
+  Conv2dParams p = validate(kOp, x, dw, dy, {stride, padding, dilation, groups}, threads);
+  p.precision = precision_of(kOp, precision);
+  run(table<Conv2dParams>(), "weight_grad", x, p, kernel);
 }
 
 void bias_grad(const Tensor& db, const Tensor& dy, int threads, int kernel) {
   Conv2dParams p{};
   p.layout = common_layout("conv2d_bias_grad", dy.dtype, {{"output gradient", &dy}});
   p.n = dy.shape[0], p.k = dy.shape[1], p.p = dy.shape[2], p.q = dy.shape[3];
-  expect_contiguous("conv2d_bias_grad", {"bias gradient", &db}, dy.dtype, {p.k});
+  expect_contiguous("conv2d_bias_grad", {"bias gradient", &db}, dy.dtype, {p.k}, dy.place);
   p.y = dy.data;
   p.bias = db.data;
   p.threads = threads_for(dy.numel(), threads);
-  run(table<Conv2dParams>(), "bias_grad", dy.dtype, p, kernel);
+  run(table<Conv2dParams>(), "bias_grad", dy, p, kernel);
 }
 
 // (input, weight, bias, stride, padding, dilation, groups, activation, grad, threads) -> y, (y,) where a gradient is wanted,
@@ -165,7 +192,7 @@ PyObject* forward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
     Conv2dParams p = validate("conv2d", x, weight, y, g, static_cast<int>(threads));
     p.bias = bias.data;
     p.activation = static_cast<Activation>(activation);
-    run(table<Conv2dParams>(), "forward", x.dtype, p, kSelect);
+    run(table<Conv2dParams>(), "forward", x, p, kSelect);
     return wants_grad ? py::make_tuple(std::move(made)).release().ptr() : made.release().ptr();
   });
 }
@@ -177,11 +204,11 @@ void bind_conv2d(py::module_& m) {
                  "conv2d_direct(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: Any, "
                  "padding: Any, dilation: Any, groups: int, activation: int, grad: bool, threads: int) -> object");
   m.def("conv2d_forward", &forward, "y"_a, "x"_a, "weight"_a, "bias"_a, "residual"_a, "stride"_a, "padding"_a,
-        "dilation"_a, "groups"_a, "activation"_a, "threads"_a, "kernel"_a = kSelect);
+        "dilation"_a, "groups"_a, "activation"_a, "threads"_a, "kernel"_a = kSelect, "precision"_a = 0);
   m.def("conv2d_input_grad", &input_grad, "dx"_a, "dy"_a, "weight"_a, "bias"_a, "stride"_a, "padding"_a, "dilation"_a,
-        "groups"_a, "threads"_a, "kernel"_a = kSelect);
+        "groups"_a, "threads"_a, "kernel"_a = kSelect, "precision"_a = 0);
   m.def("conv2d_weight_grad", &weight_grad, "dw"_a, "dy"_a, "x"_a, "stride"_a, "padding"_a, "dilation"_a, "groups"_a,
-        "threads"_a, "kernel"_a = kSelect);
+        "threads"_a, "kernel"_a = kSelect, "precision"_a = 0);
   m.def("conv2d_bias_grad", &bias_grad, "db"_a, "dy"_a, "threads"_a, "kernel"_a = kSelect);
 }
 

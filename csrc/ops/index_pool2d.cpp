@@ -20,7 +20,7 @@ IndexPool2dParams validate(const char* op, const Tensor& in, const Tensor& out, 
   expect_shape(op, {"dy", &dy}, {p.n, p.c, p.p, p.q});
   p.mode = choice_of(op, choice);
   expect_shape(op, {"choice", &choice}, {p.n, p.c, p.p, p.q});
-  expect_layout(op, {"choice", &choice}, choice.dtype, p.layout);
+  expect_layout(op, {"choice", &choice}, choice.dtype, p.layout, dx.place);
   p.adaptive = !kernel;
   if (p.adaptive) {
     CNNOPS_CHECK(p.mode == Choice::indices, std::invalid_argument, op, ": adaptive windows need int64 indices");
@@ -42,14 +42,14 @@ IndexPool2dParams validate(const char* op, const Tensor& in, const Tensor& out, 
 
 void backward(const Tensor& dx, const Tensor& dy, const Tensor& choice, std::optional<Pair> kernel_size, Pair stride,
               Pair padding, Pair dilation, int threads, int kernel) {
-  run(table<IndexPool2dParams>(), "backward", dx.dtype,
+  run(table<IndexPool2dParams>(), "backward", dx,
       validate("index_pool2d_backward", dy, dx, dx, dy, choice, kernel_size, stride, padding, dilation, threads),
       kernel);
 }
 
 void gather(const Tensor& dy, const Tensor& dx, const Tensor& choice, std::optional<Pair> kernel_size, Pair stride,
             Pair padding, Pair dilation, int threads, int kernel) {
-  run(table<IndexPool2dParams>(), "gather", dx.dtype,
+  run(table<IndexPool2dParams>(), "gather", dx,
       validate("index_pool2d_gather", dx, dy, dx, dy, choice, kernel_size, stride, padding, dilation, threads), kernel);
 }
 

@@ -22,6 +22,7 @@ struct IndexPool2dParams {
   const void* choice;
   void* out;
   int threads;
+  Launch* launch = nullptr;
 };
 
 }  // namespace cnnops

@@ -25,7 +25,7 @@ LocallyConnected2dParams validate(const char* op, const Tensor& x, const Tensor&
                shape_text(weight));
   p.r = weight.shape[4], p.s = weight.shape[5];
   expect_shape(op, {"output", &y}, {p.n, p.k, p.p, p.q});
-  expect_contiguous(op, {"weight", &weight}, x.dtype, {p.p, p.q, p.k, p.c, p.r, p.s});
+  expect_contiguous(op, {"weight", &weight}, x.dtype, {p.p, p.q, p.k, p.c, p.r, p.s}, x.place);
   p.stride_h = stride[0], p.stride_w = stride[1], p.pad_h = padding[0], p.pad_w = padding[1];
   p.dilation_h = dilation[0], p.dilation_w = dilation[1];
   CNNOPS_CHECK(p.stride_h > 0 && p.stride_w > 0 && p.dilation_h > 0 && p.dilation_w > 0 && p.pad_h >= 0 && p.pad_w >= 0,
@@ -34,10 +34,10 @@ LocallyConnected2dParams validate(const char* op, const Tensor& x, const Tensor&
   return p;
 }
 
-void run_with_workspace(const char* pass, DType dtype, LocallyConnected2dParams p, int kernel) {
-  const Scratch<char> workspace(locally_connected2d_workspace_bytes(p));
+void run_with_workspace(const char* pass, const Tensor& on, LocallyConnected2dParams p, int kernel) {
+  const Scratch<char> workspace(on.place.device == Device::cpu ? locally_connected2d_workspace_bytes(p) : 0);
   p.workspace = workspace.data;
-  run(table<LocallyConnected2dParams>(), pass, dtype, p, kernel);
+  run(table<LocallyConnected2dParams>(), pass, on, p, kernel);
 }
 
 void forward(const Tensor& y, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, Pair stride,
@@ -47,14 +47,14 @@ void forward(const Tensor& y, const Tensor& x, const Tensor& weight, const std::
   if (bias) {
     p.bias_per_position = bias->ndim == 3;
     if (p.bias_per_position) {
-      expect_contiguous(kOp, {"bias", &*bias}, x.dtype, {p.k, p.p, p.q});
+      expect_contiguous(kOp, {"bias", &*bias}, x.dtype, {p.k, p.p, p.q}, x.place);
     } else {
-      expect_contiguous(kOp, {"bias", &*bias}, x.dtype, {p.k});
+      expect_contiguous(kOp, {"bias", &*bias}, x.dtype, {p.k}, x.place);
     }
     p.bias = bias->data;
   }
   p.x = x.data, p.weight = weight.data, p.y = y.data;
-  run_with_workspace("forward", x.dtype, p, kernel);
+  run_with_workspace("forward", x, p, kernel);
 }
 
 void input_grad(const Tensor& dx, const Tensor& dy, const Tensor& weight, Pair stride, Pair padding, Pair dilation,
@@ -62,7 +62,7 @@ void input_grad(const Tensor& dx, const Tensor& dy, const Tensor& weight, Pair s
   LocallyConnected2dParams p =
       validate("locally_connected2d_input_grad", dx, weight, dy, stride, padding, dilation, threads);
   p.dy = dy.data, p.weight = weight.data, p.dx = dx.data;
-  run_with_workspace("input_grad", dx.dtype, p, kernel);
+  run_with_workspace("input_grad", dx, p, kernel);
 }
 
 void weight_grad(const Tensor& dw, const Tensor& dy, const Tensor& x, Pair stride, Pair padding, Pair dilation,
@@ -70,7 +70,7 @@ void weight_grad(const Tensor& dw, const Tensor& dy, const Tensor& x, Pair strid
   LocallyConnected2dParams p =
       validate("locally_connected2d_weight_grad", x, dw, dy, stride, padding, dilation, threads);
   p.dy = dy.data, p.x = x.data, p.dw = dw.data;
-  run_with_workspace("weight_grad", x.dtype, p, kernel);
+  run_with_workspace("weight_grad", x, p, kernel);
 }
 
 }  // namespace

@@ -25,6 +25,7 @@ struct LocallyConnected2dParams {
   void *y, *dx, *dw;                   // what it writes
   void* workspace;                     // locally_connected2d_workspace_bytes(p); the references do without
   int threads;
+  Launch* launch = nullptr;
 };
 
 // Images that forward multiplies with one reading of a position's filters.

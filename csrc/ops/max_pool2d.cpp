@@ -14,7 +14,7 @@ namespace {
 void forward(const Tensor& y, const std::optional<Tensor>& choice, const Tensor& x, Pair kernel_size, Pair stride,
              Pair padding, Pair dilation, int threads, int kernel) {
   const MaxPool2dParams p{pick_params("max_pool2d", y, choice, x, kernel_size, stride, padding, dilation, threads)};
-  run(table<MaxPool2dParams>(), "forward", x.dtype, p, kernel);
+  run(table<MaxPool2dParams>(), "forward", x, p, kernel);
 }
 
 // -> y, (y, choice) where a gradient is wanted, or None.

@@ -15,7 +15,7 @@ void forward(const Tensor& y, const std::optional<Tensor>& choice, const Tensor&
              Pair padding, Pair dilation, int threads, int kernel) {
   const MedianPool2dParams p{
       pick_params("median_pool2d", y, choice, x, kernel_size, stride, padding, dilation, threads)};
-  run(table<MedianPool2dParams>(), "forward", x.dtype, p, kernel);
+  run(table<MedianPool2dParams>(), "forward", x, p, kernel);
 }
 
 }  // namespace

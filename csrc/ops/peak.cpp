@@ -14,9 +14,9 @@ namespace {
 void fma(const Tensor& y, const Tensor& x, double a, double b, int64_t iterations, int threads, int kernel) {
   CNNOPS_CHECK(threads > 0 && iterations >= 0, std::invalid_argument, "peak: threads must be positive, but got ",
                threads, ", and iterations must not be negative, but got ", iterations);
-  expect_contiguous("peak", {"x", &x}, x.dtype, {threads, PeakParams::kWidth});
-  expect_contiguous("peak", {"y", &y}, x.dtype, {threads, PeakParams::kWidth});
-  run(table<PeakParams>(), "fma", x.dtype, PeakParams{x.data, y.data, a, b, iterations, threads}, kernel);
+  expect_contiguous("peak", {"x", &x}, x.dtype, {threads, PeakParams::kWidth}, x.place);
+  expect_contiguous("peak", {"y", &y}, x.dtype, {threads, PeakParams::kWidth}, x.place);
+  run(table<PeakParams>(), "fma", x, PeakParams{x.data, y.data, a, b, iterations, threads}, kernel);
 }
 
 }  // namespace

@@ -18,6 +18,7 @@ struct PeakParams {
   double a, b;
   int64_t iterations;
   int threads;  // T
+  Launch* launch = nullptr;
 };
 
 }  // namespace cnnops

@@ -23,26 +23,32 @@ constexpr uint8_t kNoOffset = 255;
 constexpr int64_t kNoIndex = -1;
 
 // The window that begins at cell `begin` of an axis of `size` cells has its taps [first, last) inside.
-static inline int64_t first_tap(int64_t begin, int64_t dilation) { return begin >= 0 ? 0 : ceil_div(-begin, dilation); }
-static inline int64_t last_tap(int64_t begin, int64_t kernel, int64_t dilation, int64_t size) {
+CNNOPS_HD static inline int64_t first_tap(int64_t begin, int64_t dilation) {
+  return begin >= 0 ? 0 : ceil_div(-begin, dilation);
+}
+CNNOPS_HD static inline int64_t last_tap(int64_t begin, int64_t kernel, int64_t dilation, int64_t size) {
   return begin >= size ? 0 : min64(kernel, ceil_div(size - begin, dilation));
 }
 // The windows of an axis that reach over cell `at`: [first, last). Between its taps a dilated window may miss the cell.
-static inline int64_t first_window(int64_t at, int64_t pad, int64_t reach, int64_t stride) {
+CNNOPS_HD static inline int64_t first_window(int64_t at, int64_t pad, int64_t reach, int64_t stride) {
   const int64_t past = at + pad - reach;
-  return past < 0 ? 0 : past / stride + 1;
+  return past < 0 ? 0 : divided(past, stride) + 1;
 }
-static inline int64_t last_window(int64_t at, int64_t pad, int64_t stride, int64_t count) {
-  return min64((at + pad) / stride + 1, count);
+CNNOPS_HD static inline int64_t last_window(int64_t at, int64_t pad, int64_t stride, int64_t count) {
+  return min64(divided(at + pad, stride) + 1, count);
 }
 
 // Adaptive windows: [start, end) of output i of `outputs`, and the outputs [first, last) that hold cell `at`.
-static inline int64_t adaptive_start(int64_t i, int64_t size, int64_t outputs) { return i * size / outputs; }
-static inline int64_t adaptive_end(int64_t i, int64_t size, int64_t outputs) {
+CNNOPS_HD static inline int64_t adaptive_start(int64_t i, int64_t size, int64_t outputs) {
+  return divided(i * size, outputs);
+}
+CNNOPS_HD static inline int64_t adaptive_end(int64_t i, int64_t size, int64_t outputs) {
   return ceil_div((i + 1) * size, outputs);
 }
-static inline int64_t adaptive_first(int64_t at, int64_t size, int64_t outputs) { return at * outputs / size; }
-static inline int64_t adaptive_last(int64_t at, int64_t size, int64_t outputs) {
+CNNOPS_HD static inline int64_t adaptive_first(int64_t at, int64_t size, int64_t outputs) {
+  return divided(at * outputs, size);
+}
+CNNOPS_HD static inline int64_t adaptive_last(int64_t at, int64_t size, int64_t outputs) {
   return ceil_div((at + 1) * outputs, size);
 }
 
@@ -56,6 +62,7 @@ struct PickParams {
   void* y;
   void* choice;  // null in mode none
   int threads;
+  Launch* launch = nullptr;
 };
 
 }  // namespace cnnops

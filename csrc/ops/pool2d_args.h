@@ -46,7 +46,7 @@ inline PickParams pick_params(const char* op, const Tensor& y, const std::option
                ": a kernel of ", kernel[0], " x ", kernel[1], " needs int64 indices");
   if (choice) {
     expect_shape(op, {"choice", &*choice}, {p.n, p.c, p.p, p.q});
-    expect_layout(op, {"choice", &*choice}, choice->dtype, p.layout);
+    expect_layout(op, {"choice", &*choice}, choice->dtype, p.layout, x.place);
     p.choice = choice->data;
   }
   p.x = x.data, p.y = y.data, p.threads = threads_for(x.numel(), threads);

@@ -86,9 +86,24 @@ void backward(const BatchNormParams& p) {
   }
 }
 
+template <class T>
+void update(const BatchNormParams& p) {
+  const double unbiased = static_cast<double>(p.count) / static_cast<double>(p.count - 1);
+  for (int64_t c = 0; c < p.c; ++c) {
+    T* const mean = static_cast<T*>(p.running_mean) + c * p.running_mean_stride;
+    T* const var = static_cast<T*>(p.running_var) + c * p.running_var_stride;
+    const auto mix = [&](double old, double observed) {
+      return static_cast<compute_t<T>>((1 - p.momentum) * old + p.momentum * observed);
+    };
+    store_scalar(mean, mix(load_scalar(*mean), static_cast<const double*>(p.mean)[c]));
+    store_scalar(var, mix(load_scalar(*var), unbiased * static_cast<const double*>(p.var)[c]));
+  }
+}
+
 }  // namespace
 }  // namespace cnnops::reference
 
 CNNOPS_EXPORT(batch_norm_training, BatchNormParams, training)
 CNNOPS_EXPORT(batch_norm_evaluation, BatchNormParams, evaluation)
+CNNOPS_EXPORT(batch_norm_update, BatchNormParams, update)
 CNNOPS_EXPORT(batch_norm_backward, BatchNormParams, backward)

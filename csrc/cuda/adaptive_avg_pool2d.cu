@@ -9,7 +9,7 @@ namespace cnnops::CNNOPS_ISA {
 namespace {
 
 template <class T, int V>
-__global__ void __launch_bounds__(256) forward_kernel(AdaptiveAvgPool2dParams p, Strides in, int64_t count) {
+__global__ void __launch_bounds__(256, 2) forward_kernel(AdaptiveAvgPool2dParams p, Strides in, int64_t count) {
   const int64_t i = thread_index();
   if (i >= count) return;
   const Element e = element_at<V>(i, p.layout, p.c, p.p, p.q);

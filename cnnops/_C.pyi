@@ -69,6 +69,21 @@ def batch_norm_backward(
     threads: int,
     kernel: int = -1,
 ) -> None: ...
+def batch_norm_backward_direct(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    eps: float,
+    activation: int,
+    want_dx: bool,
+    want_dweight: bool,
+    want_dbias: bool,
+    threads: int,
+) -> Any: ...
 def batch_norm_direct(
     x: Tensor,
     running_mean: Tensor | None,
@@ -99,6 +114,19 @@ def batch_norm_forward(
 def batch_norm_update(
     running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float, count: int
 ) -> None: ...
+def conv2d_backward_direct(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    want_dx: bool,
+    want_dw: bool,
+    want_db: bool,
+    threads: int,
+) -> Any: ...
 def conv2d_bias_grad(db: Tensor, dy: Tensor, threads: int, kernel: int = -1) -> None: ...
 def conv2d_direct(
     x: Tensor,

@@ -102,6 +102,13 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        if not torch.is_grad_enabled() and direct():
+            wants = ctx.needs_input_grad
+            made = C.conv2d_backward_direct(
+                dy, *ctx.saved_tensors, *ctx.given, wants[0], wants[1], wants[2] and ctx.has_bias, threads()
+            )
+            if made is not None:
+                return *made, *[None] * 5
         stride, padding, dilation, groups = ctx.given
         top, left = pair(padding, "padding", "conv2d")
         ctx.geometry = [

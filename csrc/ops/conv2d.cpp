@@ -170,12 +170,55 @@ PyObject* forward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
+// (dy, x, weight, stride, padding, dilation, groups, want dx, want dw, want db, threads) -> (dx, dw, db), None where one is
+// not wanted; or None.
+PyObject* backward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return direct::attempt([&]() -> PyObject* {
+    Tensor dy, x, weight;
+    Geometry g;
+    bool wants[3];
+    int64_t threads;
+    if (count != 11 || !direct::tensor(args[0], dy) || !direct::tensor(args[1], x) ||
+        !direct::tensor(args[2], weight) || !direct::pair(args[3], g.stride) || !direct::pair(args[4], g.padding) ||
+        !direct::pair(args[5], g.dilation) || !direct::integer(args[6], g.groups) ||
+        !direct::truth(args[7], wants[0]) || !direct::truth(args[8], wants[1]) || !direct::truth(args[9], wants[2]) ||
+        !direct::integer(args[10], threads))
+      return nullptr;
+    const auto last = [](const Tensor& a, const Tensor& b) {
+      return direct::suggested(a) == Layout::nhwc || direct::suggested(b) == Layout::nhwc ? Layout::nhwc : Layout::nchw;
+    };
+    const Layout images = last(dy, weight), both = last(x, dy);
+    if (!direct::dense(dy, images) || !direct::dense(dy, both) || !direct::dense(x, both)) return nullptr;
+    const int most = static_cast<int>(threads);
+    py::object dx = py::none(), dw = py::none(), db = py::none();
+    Tensor made;
+    if (wants[0]) {
+      dx = direct::empty(args[0], {x.shape[0], x.shape[1], x.shape[2], x.shape[3]}, dy.dtype, images, made);
+      input_grad(made, dy, weight, std::nullopt, g.stride, g.padding, g.dilation, g.groups, most, kSelect);
+    }
+    if (wants[1]) {
+      dw = direct::empty(args[0], {weight.shape[0], weight.shape[1], weight.shape[2], weight.shape[3]}, dy.dtype,
+                         direct::suggested(weight), made);
+      weight_grad(made, dy, x, g.stride, g.padding, g.dilation, g.groups, most, kSelect);
+    }
+    if (wants[2]) {
+      db = direct::empty_vector(args[0], dy.shape[1], dy.dtype, made);
+      bias_grad(made, dy, most, kSelect);
+    }
+    return py::make_tuple(std::move(dx), std::move(dw), std::move(db)).release().ptr();
+  });
+}
+
 }  // namespace
 
 void bind_conv2d(py::module_& m) {
   direct::define(m, "conv2d_direct", &forward_direct,
                  "conv2d_direct(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: Any, "
                  "padding: Any, dilation: Any, groups: int, activation: int, grad: bool, threads: int) -> object");
+  direct::define(m, "conv2d_backward_direct", &backward_direct,
+                 "conv2d_backward_direct(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, stride: Any, "
+                 "padding: Any, dilation: Any, groups: int, want_dx: bool, want_dw: bool, want_db: bool, "
+                 "threads: int) -> object");
   m.def("conv2d_forward", &forward, "y"_a, "x"_a, "weight"_a, "bias"_a, "residual"_a, "stride"_a, "padding"_a,
         "dilation"_a, "groups"_a, "activation"_a, "threads"_a, "kernel"_a = kSelect);
   m.def("conv2d_input_grad", &input_grad, "dx"_a, "dy"_a, "weight"_a, "bias"_a, "stride"_a, "padding"_a, "dilation"_a,

@@ -1,0 +1,96 @@
+// The last step of blocked convolutions: from a block of float sums to the output, with bias, residual and activation.
+#pragma once
+
+#include "common/arith.h"
+#include "cpu/conv2d_lattice.h"
+#include "cpu/simd/activation.h"
+
+namespace cnnops::CNNOPS_ISA {
+namespace {
+
+// A run of pixels of one lattice row within a block: pixels dst .. dst + length - 1 of the block.
+struct Run {
+  int64_t n, i, j, length, dst;
+};
+
+// Cuts pixels [begin, begin + count) into runs; also at multiples of `cut` from the block's begin. Returns their number.
+int64_t find_runs(int64_t rows, int64_t columns, int64_t begin, int64_t count, int64_t cut, Run* runs) {
+  int64_t found = 0;
+  for (int64_t at = 0; at < count;) {
+    const int64_t pixel = begin + at, line = pixel / columns, j = pixel % columns;
+    const int64_t length = min64(min64(columns - j, count - at), cut - at % cut);
+    runs[found++] = {line / rows, line % rows, j, length, at};
+    at += length;
+  }
+  return found;
+}
+
+// One group's output on one lattice.
+template <class T>
+struct Output {
+  Layout layout;
+  Lattice lattice;
+  Strides strides;
+  T* data;
+  const T* bias;
+  const T* residual;
+  Activation activation;
+};
+
+// n sums + bias + residual, through the activation, to out[0], out[step], ... `bias_vector` has one per element.
+template <class T>
+void finish_row(const compute_t<T>* sums, int64_t n, compute_t<T> bias, const T* bias_vector, const T* residual,
+                Activation activation, T* out, int64_t step) {
+  using C = compute_t<T>;
+  for (int64_t i = 0; i < n; i += lanes<C>) {
+    const int part = static_cast<int>(min64(n - i, lanes<C>));
+    vec<C> z = load_n(sums + i, part) + bias;
+    if (bias_vector) z += load_n(bias_vector + i, part);
+    if (step == 1) {
+      if (residual) z += load_n(residual + i, part);
+      if (activation != Activation::none) z = activate<C>(z, activation);
+      store_n(out + i, z, part);
+    } else {
+      if (residual)
+        for (int j = 0; j < part; ++j) z[j] += load_scalar(residual[(i + j) * step]);
+      if (activation != Activation::none) z = activate<C>(z, activation);
+      T buffer[lanes<C>];
+      store(buffer, z);
+      for (int j = 0; j < part; ++j) out[(i + j) * step] = buffer[j];
+    }
+  }
+}
+
+// Pixels [begin, begin + pixels) of channels [m0, m1). `sums`: [channel][pitch] (NCHW) or [pixel][pitch]. `runs` has room for
+// `pixels` runs.
+template <class T>
+void finish_block(const Output<T>& g, int64_t begin, int64_t pixels, int64_t m0, int64_t m1, const compute_t<T>* sums,
+                  int64_t pitch, Run* runs) {
+  const Lattice& l = g.lattice;
+  const bool nchw = g.layout == Layout::nchw;
+  const bool whole_planes =
+      l.osh == 1 && l.osw == 1 && l.columns * l.rows * g.strides.w == (nchw ? g.strides.c : g.strides.n);
+  const int64_t rows = whole_planes ? 1 : l.rows, columns = whole_planes ? l.rows * l.columns : l.columns;
+  const int64_t run_count = find_runs(rows, columns, begin, pixels, pixels, runs);
+  for (int64_t r = 0; r < run_count; ++r) {
+    const Run& run = runs[r];
+    const int64_t at =
+        run.n * g.strides.n + (l.oh0 + run.i * l.osh) * g.strides.h + (l.ow0 + run.j * l.osw) * g.strides.w;
+    if (nchw) {
+      for (int64_t m = m0; m < m1; ++m) {
+        const int64_t to = at + m * g.strides.c;
+        finish_row<T>(sums + (m - m0) * pitch + run.dst, run.length, g.bias ? load_scalar(g.bias[m]) : 0, nullptr,
+                      g.residual ? g.residual + to : nullptr, g.activation, g.data + to, l.osw);
+      }
+    } else {
+      for (int64_t j = 0; j < run.length; ++j) {
+        const int64_t to = at + j * l.osw * g.strides.w + m0;
+        finish_row<T>(sums + (run.dst + j) * pitch, m1 - m0, 0, g.bias ? g.bias + m0 : nullptr,
+                      g.residual ? g.residual + to : nullptr, g.activation, g.data + to, 1);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace cnnops::CNNOPS_ISA

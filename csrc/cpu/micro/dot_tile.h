@@ -1,0 +1,185 @@
+// The inner loop of convolution on instructions that multiply pairs of bfloat16 numbers and add to float32:
+//
+//   c[i][j] (+)= sum over t of a[i][t] * b[t][j]
+//
+// with a as rows of terms and b as panels of pairs of terms, [term / 2][column][term % 2], both zero from the last term up to
+// a multiple of kDotGrain. The same packed operands serve two instructions:
+//   VDPBF16PS (avx512_bf16)  a pair of a row is broadcast and meets 16 columns; 8 rows x 3 vectors of sums in registers
+//   TDPBF16PS (amx)          16 rows x 32 terms times 32 terms x 16 columns; 2 x 2 tiles of sums
+//
+// float32 comes as sums of bfloat16 numbers, x = x1 + x2 + x3, each of which rounds what the ones before leave. The products
+// taken are x1w1 (one: bfloat16 accuracy), with x2w1 and x1w2 (three), with x3w1, x2w2 and x1w3 (six: each that is left out is
+// below 2^-24 of |x||w|), in the order that needs the fewest loads.
+#pragma once
+
+#include "common/arith.h"
+#include "cpu/simd/vec.h"
+#if !CNNOPS_ISA_avx512_bf16
+#include "cpu/micro/tiles.h"
+#endif
+
+namespace cnnops::CNNOPS_ISA {
+namespace {
+
+constexpr int kDotLanes = 16;  // columns of a vector or tile
+#if CNNOPS_ISA_avx512_bf16
+constexpr int kDotRows = 8, kDotVecs = 3;
+constexpr int64_t kDotGrain = 2;
+#else
+constexpr int kDotRows = 2 * kTileSide, kDotVecs = 2;
+constexpr int64_t kDotGrain = kTileTerms;
+#endif
+constexpr int kDotColumns = kDotVecs * kDotLanes;
+
+// Numbers that a value is split into.
+constexpr int parts_for(int products) { return products == 6 ? 3 : products == 3 ? 2 : 1; }
+
+// Terms between two visits of the float32 sums in memory. A panel of b must leave room for a's rows in L1 (24 KB of 32 here,
+// measured); on amx, where 48 KB are expected, 24 or 32 KB. Shorter sums of split values also keep the rounding error low.
+constexpr int64_t dot_chunk(int products) {
+#if CNNOPS_ISA_avx512_bf16
+  return 256;
+#else
+  return products == 6 ? 128 : products == 3 ? 192 : 512;
+#endif
+}
+
+// A packed operand: the first part of the first row (column) and the distance from part to part, in numbers.
+struct DotOperand {
+  const uint16_t* data;
+  int64_t part;
+};
+
+typedef uint32_t PairBits __attribute__((may_alias));
+
+#if CNNOPS_ISA_avx512_bf16
+
+struct DotUnit {};  // nothing to set up
+
+template <int kRows, int kVecs>
+void dot_registers(const PairBits* a, int64_t a_pitch, const PairBits* b, int64_t width, int64_t pairs, float* c,
+                   int64_t ldc, bool add) {
+  __m512 sum[kRows][kVecs] = {};
+  for (int64_t t = 0; t < pairs; ++t, ++a, b += width) {
+    __m512bh bv[kVecs];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) bv[v] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b + v * kDotLanes));
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const __m512bh av = reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a[i * a_pitch])));
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], av, bv[v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) {
+      float* const to = c + i * ldc + v * kDotLanes;
+      const f32v z = reinterpret_cast<f32v>(sum[i][v]);
+      store(to, add ? load(to) + z : z);
+    }
+}
+
+// The tile for rows <= kDotRows and vecs <= kDotVecs; `width` columns from pair to pair of b, `terms` a multiple of kDotGrain.
+template <int kProducts>
+void dot_tile(int rows, int vecs, DotOperand a, int64_t a_pitch, DotOperand b, int64_t width, int64_t terms, float* c,
+              int64_t ldc, bool add) {
+  static_assert(kProducts == 1);
+  const auto* const a_pairs = reinterpret_cast<const PairBits*>(a.data);
+  const auto* const b_pairs = reinterpret_cast<const PairBits*>(b.data);
+#define CNNOPS_TILE(r, v) \
+  case r * 4 + v: return dot_registers<r, v>(a_pairs, a_pitch / 2, b_pairs, width, terms / 2, c, ldc, add);
+#define CNNOPS_TILES(r) CNNOPS_TILE(r, 1) CNNOPS_TILE(r, 2) CNNOPS_TILE(r, 3)
+  switch (rows * 4 + vecs) {
+    CNNOPS_TILES(1)
+    CNNOPS_TILES(2)
+    CNNOPS_TILES(3)
+    CNNOPS_TILES(4)
+    CNNOPS_TILES(5)
+    CNNOPS_TILES(6)
+    CNNOPS_TILES(7)
+    CNNOPS_TILES(8)
+    default: __builtin_unreachable();
+  }
+#undef CNNOPS_TILES
+#undef CNNOPS_TILE
+}
+
+#else  // tiles
+
+// What a thread must hold while it calls dot_tile.
+struct DotUnit {
+  DotUnit() { tile_configure(); }
+  ~DotUnit() { tile_release(); }
+  DotUnit(const DotUnit&) = delete;
+  DotUnit& operator=(const DotUnit&) = delete;
+};
+
+// kM x kN tiles of sums in registers 0 to 3; operands go through 4, 5 (a) and 6, 7 (b). A product is expected to take 16
+// cycles and a load 8 from L1, so 2 x 2 tiles with one product (4 loads) are bound by neither alone; with six products each
+// loaded tile serves more than once.
+template <int kM, int kN, int kProducts>
+void dot_tiles(DotOperand a, int64_t a_pitch, DotOperand b, int64_t width, int64_t terms, float* c, int64_t ldc,
+               bool add) {
+  tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+  const auto load_a = [&](int part, int64_t t) __attribute__((always_inline)) {
+    const uint16_t* const from = a.data + part * a.part + t;
+    tile_load<4>(from, a_pitch * 2);
+    if constexpr (kM > 1) tile_load<5>(from + kTileSide * a_pitch, a_pitch * 2);
+  };
+  const auto load_b = [&](int part, int64_t t) __attribute__((always_inline)) {
+    const uint16_t* const from = b.data + part * b.part + t * width;
+    tile_load<6>(from, width * 4);
+    if constexpr (kN > 1) tile_load<7>(from + 2 * kTileSide, width * 4);
+  };
+  const auto multiply = [&]() __attribute__((always_inline)) {
+    tile_dot<0, 4, 6>();
+    if constexpr (kN > 1) tile_dot<1, 4, 7>();
+    if constexpr (kM > 1) tile_dot<2, 5, 6>();
+    if constexpr (kM > 1 && kN > 1) tile_dot<3, 5, 7>();
+  };
+  for (int64_t t = 0; t < terms; t += kTileTerms) {
+    if constexpr (kProducts == 6) {
+      load_a(2, t), load_b(0, t), multiply();
+      load_a(1, t), multiply();
+      load_b(1, t), multiply();
+      load_a(0, t), multiply();
+      load_b(2, t), multiply();
+      load_b(0, t), multiply();
+    } else if constexpr (kProducts == 3) {
+      load_a(1, t), load_b(0, t), multiply();
+      load_a(0, t), multiply();
+      load_b(1, t), multiply();
+    } else {
+      load_a(0, t), load_b(0, t), multiply();
+    }
+  }
+  alignas(64) float fresh[kDotRows * kDotColumns];
+  float* const to = add ? fresh : c;
+  const int64_t pitch = add ? kDotColumns : ldc;
+  tile_store<0>(to, pitch * 4);
+  if constexpr (kN > 1) tile_store<1>(to + kTileSide, pitch * 4);
+  if constexpr (kM > 1) tile_store<2>(to + kTileSide * pitch, pitch * 4);
+  if constexpr (kM > 1 && kN > 1) tile_store<3>(to + kTileSide * pitch + kTileSide, pitch * 4);
+  if (!add) return;
+  for (int i = 0; i < kM * kTileSide; ++i)
+    for (int j = 0; j < kN * kTileSide; j += lanes<float>)
+      store(c + i * ldc + j, load(c + i * ldc + j) + load(fresh + i * kDotColumns + j));
+}
+
+// The tile for rows <= kDotRows and vecs <= kDotVecs; `width` columns from pair to pair of b, `terms` a multiple of kDotGrain.
+// Rows are read and written up to a multiple of 16.
+template <int kProducts>
+void dot_tile(int rows, int vecs, DotOperand a, int64_t a_pitch, DotOperand b, int64_t width, int64_t terms, float* c,
+              int64_t ldc, bool add) {
+  if (rows > kTileSide && vecs > 1) return dot_tiles<2, 2, kProducts>(a, a_pitch, b, width, terms, c, ldc, add);
+  if (rows > kTileSide) return dot_tiles<2, 1, kProducts>(a, a_pitch, b, width, terms, c, ldc, add);
+  if (vecs > 1) return dot_tiles<1, 2, kProducts>(a, a_pitch, b, width, terms, c, ldc, add);
+  return dot_tiles<1, 1, kProducts>(a, a_pitch, b, width, terms, c, ldc, add);
+}
+
+#endif
+
+}  // namespace
+}  // namespace cnnops::CNNOPS_ISA

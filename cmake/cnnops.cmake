@@ -40,7 +40,7 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   if(CNNOPS_HAS_PAIRS)
     list(APPEND CNNOPS_PAIRS_ISAS avx512_bf16 amx)
     set(CNNOPS_FLAGS_avx512_bf16 ${CNNOPS_FLAGS_avx512} -mavx512bf16)
-    set(CNNOPS_FLAGS_amx ${CNNOPS_FLAGS_avx512} -mamx-tile -mamx-bf16)
+    set(CNNOPS_FLAGS_amx ${CNNOPS_FLAGS_avx512} -mavx512bf16 -mamx-tile -mamx-bf16)
     set(CNNOPS_INCLUDES_avx512_bf16 avx512)  # whose branches of the shared headers they take
     set(CNNOPS_INCLUDES_amx avx512)
   endif()

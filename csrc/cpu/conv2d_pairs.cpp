@@ -23,6 +23,7 @@ namespace cnnops::CNNOPS_ISA {
 namespace {
 
 constexpr int64_t kBlockPixels = 192;   // whole panels; with a chunk of 256: 98 KB of packed pixels
+constexpr int64_t kShortBlockPixels = 96;  // where there is one chunk: sums go to the output while they are near
 constexpr int64_t kBlockFilters = 256;  // with kBlockPixels: 196 KB of sums
 constexpr int64_t kMinFilters = 64;     // smaller blocks would pack the same pixels too often
 constexpr int64_t kFewBlocks = 2;       // of pixels: too few to pay for packing all weights to memory
@@ -42,13 +43,31 @@ struct Problem {
   int64_t stride_m, stride_c;
   Output<T> out;
 
-  int64_t chunk_channels, chunks;
+  // The reduction is cut into groups of channels, and for each into groups of taps: chunks of about dot_chunk terms.
+  int64_t group_channels, channel_groups, tap_groups;
+  int64_t chunks() const { return channel_groups * tap_groups; }
   int64_t pixels() const { return images * lattice.rows * lattice.columns; }
-  // Channels [c0, c1) of a chunk, and their terms with the zeros that fill up a grain.
-  int64_t first(int64_t chunk) const { return min64(chunk * chunk_channels, in_channels); }
-  int64_t terms(int64_t chunk) const { return (first(chunk + 1) - first(chunk)) * lattice.count; }
-  int64_t padded_terms(int64_t chunk) const { return round_up(terms(chunk), kDotGrain); }
 };
+
+// A chunk: terms (tap, channel), in NCHW with a channel of zeros where their number is odd, then zeros up to a whole grain.
+struct Chunk {
+  int64_t c0, channels, t0, taps;
+  int64_t tap_terms;     // of one tap
+  int64_t filled, terms;  // without and with the zeros at the end
+};
+template <class T>
+Chunk chunk_of(const Problem<T>& g, int64_t index) {
+  Chunk out;
+  const int64_t tap_group = index % g.tap_groups;
+  out.c0 = index / g.tap_groups * g.group_channels;
+  out.channels = min64(g.group_channels, g.in_channels - out.c0);
+  out.t0 = g.lattice.count * tap_group / g.tap_groups;
+  out.taps = g.lattice.count * (tap_group + 1) / g.tap_groups - out.t0;
+  out.tap_terms = g.layout == Layout::nchw ? round_up(out.channels, 2) : out.channels;
+  out.filled = out.taps * out.tap_terms;
+  out.terms = round_up(out.filled, kDotGrain);
+  return out;
+}
 
 // ---- Weights ---------------------------------------------------------------------------------------------------------
 
@@ -56,36 +75,36 @@ constexpr int64_t kGather = 64;
 
 // Rows of terms of `count` output channels from m0 on.
 template <int kParts, class T>
-void pack_weight_rows(const Problem<T>& g, int64_t m0, int64_t count, int64_t chunk, uint16_t* to, int64_t part,
+void pack_weight_rows(const Problem<T>& g, int64_t m0, int64_t count, const Chunk& chunk, uint16_t* to, int64_t part,
                       Watch& watch) {
-  const int64_t c0 = g.first(chunk), c1 = g.first(chunk + 1), channels = c1 - c0;
-  const int64_t terms = g.terms(chunk), pitch = g.padded_terms(chunk);
   T buffer[kGather];
   for (int64_t m = 0; m < count; ++m) {
-    uint16_t* const row = to + m * pitch;
-    for (int64_t c = 0; c < channels; c += kGather) {
-      const int64_t n = min64(kGather, channels - c);
-      for (int64_t t = 0; t < g.lattice.count; ++t) {
-        const T* const from = g.weight + (m0 + m) * g.stride_m + (c0 + c) * g.stride_c + g.taps[t].weight;
-        pack_row<kParts>(gather(from, g.stride_c, n, buffer), n, row + t * channels + c, part, watch);
+    uint16_t* const row = to + m * chunk.terms;
+    for (int64_t c = 0; c < chunk.channels; c += kGather) {
+      const int64_t n = min64(kGather, chunk.channels - c);
+      for (int64_t t = 0; t < chunk.taps; ++t) {
+        const T* const from =
+            g.weight + (m0 + m) * g.stride_m + (chunk.c0 + c) * g.stride_c + g.taps[chunk.t0 + t].weight;
+        pack_row<kParts>(gather(from, g.stride_c, n, buffer), n, row + t * chunk.tap_terms + c, part, watch);
       }
     }
-    zero_parts<kParts>(row + terms, part, pitch - terms);
+    if (chunk.tap_terms > chunk.channels)
+      for (int64_t t = 0; t < chunk.taps; ++t) zero_parts<kParts>(row + t * chunk.tap_terms + chunk.channels, part, 1);
+    zero_parts<kParts>(row + chunk.filled, part, chunk.terms - chunk.filled);
   }
 }
 
 // A panel: `width` columns from m0 on. `rows` has room for as many rows of terms.
 template <int kParts, class T>
-void pack_weight_panel(const Problem<T>& g, int64_t m0, int64_t width, int64_t chunk, uint16_t* to, int64_t part,
+void pack_weight_panel(const Problem<T>& g, int64_t m0, int64_t width, const Chunk& chunk, uint16_t* to, int64_t part,
                        uint16_t* rows, Watch& watch) {
-  const int64_t c0 = g.first(chunk), c1 = g.first(chunk + 1), channels = c1 - c0;
-  const int64_t filled = min64(width, g.out_channels - m0), pitch = g.padded_terms(chunk);
-  if (g.stride_m == 1 && channels % 2 == 0) {
-    if (filled < width || pitch > g.terms(chunk)) zero_parts<kParts>(to, part, width * pitch);
-    for (int64_t t = 0; t < g.lattice.count; ++t)
-      for (int64_t c = 0; c < channels; c += 2) {
-        const T* const from = g.weight + m0 + (c0 + c) * g.stride_c + g.taps[t].weight;
-        pack_pairs<kParts>(from, from + g.stride_c, filled, to + (t * channels + c) * width, part, watch);
+  const int64_t filled = min64(width, g.out_channels - m0), pitch = chunk.terms;
+  if (g.stride_m == 1 && chunk.tap_terms % 2 == 0) {
+    if (filled < width || pitch > chunk.filled) zero_parts<kParts>(to, part, width * pitch);
+    for (int64_t t = 0; t < chunk.taps; ++t)
+      for (int64_t c = 0; c < chunk.channels; c += 2) {
+        const T* const from = g.weight + m0 + (chunk.c0 + c) * g.stride_c + g.taps[chunk.t0 + t].weight;
+        pack_pairs<kParts>(from, from + g.stride_c, filled, to + (t * chunk.tap_terms + c) * width, part, watch);
       }
     return;
   }
@@ -99,85 +118,234 @@ void pack_weight_panel(const Problem<T>& g, int64_t m0, int64_t width, int64_t c
 
 // ---- Pixels ----------------------------------------------------------------------------------------------------------
 
-// channels_last: rows [pixel][(tap, channel)].
+// The pixels that a block sees of a group of channels, split, with the zeros of the padding around them: what several taps
+// share is prepared once, and no tap needs to look for borders.
+//   NCHW           [pair of channels][row][column][2]
+//   channels_last  [row][column][channel]
+struct Strip {
+  uint16_t* data;
+  int64_t part, rows, columns;
+  int64_t dh, dw;  // the least of the taps
+  int64_t j0;      // the lattice column of its first column
+};
+
+// How far the taps reach: the difference between the first and the last.
+struct Reach {
+  int64_t dh, dw, h, w;
+};
+Reach reach_of(const Tap* taps, int64_t count) {
+  int64_t dh0 = 0, dh1 = 0, dw0 = 0, dw1 = 0;
+  for (int64_t t = 0; t < count; ++t) {
+    dh0 = t ? min64(dh0, taps[t].dh) : taps[t].dh, dh1 = t ? max64(dh1, taps[t].dh) : taps[t].dh;
+    dw0 = t ? min64(dw0, taps[t].dw) : taps[t].dw, dw1 = t ? max64(dw1, taps[t].dw) : taps[t].dw;
+  }
+  return {dh0, dw0, dh1 - dh0, dw1 - dw0};
+}
+
+// Whether pixels go through a strip: where one tap reads them, or bfloat16 lies as rows want it, they are packed at once.
+template <class T>
+bool needs_strip(const Problem<T>& g) {
+  return g.lattice.count > 1 && (g.layout == Layout::nchw || sizeof(T) > 2);
+}
+
+// Numbers of a part of a strip, at most, for blocks of `pixels`.
+template <class T>
+int64_t strip_size(const Problem<T>& g, int64_t pixels) {
+  const Reach reach = reach_of(g.taps, g.lattice.count);
+  const int64_t lines = min64(pixels / g.lattice.columns + 2, g.images * g.lattice.rows);
+  const int64_t images = min64(lines / g.lattice.rows + 2, g.images);
+  const int64_t rows = lines * g.lattice.ish + images * (reach.h + 1);
+  const int64_t columns = (g.lattice.columns - 1) * g.lattice.isw + reach.w + 1;
+  return rows * columns * round_up(g.group_channels, 2) + 4 * kDotLanes;  // strided copies read past the end
+}
+
+// Fills the strip of a block whose runs these are.
 template <int kParts, class T>
-void pack_pixels_nhwc(const Problem<T>& g, const Run* runs, int64_t run_count, int64_t chunk, uint16_t* packed,
-                      int64_t part, Watch& watch) {
-  const int64_t c0 = g.first(chunk), c1 = g.first(chunk + 1), channels = c1 - c0, taps = g.lattice.count;
-  const int64_t terms = g.terms(chunk), pitch = g.padded_terms(chunk);
-  const bool whole = channels == g.in.w;  // then the taps of a row of a filter are neighbours
+void fill_strip(const Problem<T>& g, const Run* runs, int64_t run_count, const Chunk& chunk, Strip& strip, Watch& watch) {
+  const Lattice& l = g.lattice;
+  const bool nchw = g.layout == Layout::nchw;
+  const Reach reach = reach_of(g.taps, l.count);
+  const Run &front = runs[0], &back = runs[run_count - 1];
+  const bool one_line = front.n == back.n && front.i == back.i;
+  strip.dh = reach.dh, strip.dw = reach.dw;
+  strip.j0 = one_line ? front.j : 0;
+  const int64_t lattice_columns = one_line ? back.j + back.length - front.j : l.columns;
+  strip.columns = (lattice_columns - 1) * l.isw + reach.w + 1;
+  strip.rows = 0;
+  for (int64_t n = front.n; n <= back.n; ++n) {
+    const int64_t i0 = n == front.n ? front.i : 0, i1 = n == back.n ? back.i : l.rows - 1;
+    strip.rows += (i1 - i0) * l.ish + reach.h + 1;
+  }
+  const Range valid = valid_range(strip.columns, 1, strip.j0 * l.isw + reach.dw, g.in_w);
+  const int64_t plane = strip.rows * strip.columns;
+  int64_t row = 0;
+  for (int64_t n = front.n; n <= back.n; ++n) {
+    const int64_t i0 = n == front.n ? front.i : 0, i1 = n == back.n ? back.i : l.rows - 1;
+    for (int64_t k = 0; k < (i1 - i0) * l.ish + reach.h + 1; ++k, ++row) {
+      const int64_t h = i0 * l.ish + reach.dh + k;
+      const bool inside = h >= 0 && h < g.in_h && valid.first < valid.last;
+      const int64_t first = inside ? valid.first : 0, last = inside ? valid.last : 0;
+      const T* from = g.input + n * g.in.n + chunk.c0 * g.in.c + h * g.in.h +
+                      (strip.j0 * l.isw + reach.dw + first) * g.in.w;
+      if (nchw) {
+        uint16_t* to = strip.data + row * strip.columns * 2;
+        for (int64_t c = 0; c < chunk.channels; c += 2, from += 2 * g.in.c, to += 2 * plane) {
+          if (first > 0) zero_parts<kParts>(to, strip.part, 2 * first);
+          pack_pairs<kParts>(from, c + 1 < chunk.channels ? from + g.in.c : nullptr, last - first, to + 2 * first,
+                             strip.part, watch);
+          if (last < strip.columns) zero_parts<kParts>(to + 2 * last, strip.part, 2 * (strip.columns - last));
+        }
+      } else {
+        uint16_t* to = strip.data + row * strip.columns * chunk.channels;
+        zero_parts<kParts>(to, strip.part, first * chunk.channels);
+        for (int64_t j = first; j < last; ++j, from += g.in.w)
+          pack_row<kParts>(from, chunk.channels, to + j * chunk.channels, strip.part, watch);
+        zero_parts<kParts>(to + last * chunk.channels, strip.part, (strip.columns - last) * chunk.channels);
+      }
+    }
+  }
+}
+
+// The strip's row of tap row 0 of each run.
+template <class T>
+void place_runs(const Problem<T>& g, const Run* runs, int64_t run_count, int64_t* rows) {
+  const int64_t reach = reach_of(g.taps, g.lattice.count).h;
+  int64_t base = 0;
+  for (int64_t r = 0; r < run_count; ++r) {
+    if (r > 0 && runs[r].n != runs[r - 1].n) base = rows[r - 1] + reach + 1 - runs[r].i * g.lattice.ish;
+    if (r == 0) base = -runs[0].i * g.lattice.ish;
+    rows[r] = base + runs[r].i * g.lattice.ish;
+  }
+}
+
+// n numbers (or pairs of them, as float), to neighbours.
+inline void copy_bits(const uint16_t* from, int64_t n, uint16_t* to) {
+#if CNNOPS_ISA_avx512
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32) _mm512_storeu_si512(to + i, _mm512_loadu_si512(from + i));
+  if (i < n) {
+    const uint32_t mask = (uint32_t{1} << (n - i)) - 1;
+    _mm512_mask_storeu_epi16(to + i, mask, _mm512_maskz_loadu_epi16(mask, from + i));
+  }
+#else
+  std::memcpy(to, from, static_cast<size_t>(n) * 2);
+#endif
+}
+inline void copy_pairs(const uint16_t* from, int64_t step, int64_t n, uint16_t* to) {
+  const auto* const in = reinterpret_cast<const float*>(from);
+  auto* const out = reinterpret_cast<float*>(to);
+  if (step <= 2) {
+    for (int64_t j = 0; j < n; j += lanes<float>) {
+      const int count = static_cast<int>(min64(n - j, lanes<float>));
+      if (step == 1) {
+        store_n(out + j, load_n(in + j, count), count);
+      } else {
+        store_n(out + j, evens(load(in + 2 * j), load(in + 2 * j + lanes<float>)), count);
+      }
+    }
+    return;
+  }
+  auto* const pairs = reinterpret_cast<PairBits*>(to);
+  for (int64_t j = 0; j < n; ++j) pairs[j] = reinterpret_cast<const PairBits*>(from)[j * step];
+}
+
+// channels_last: rows [pixel][(tap, channel)]; `strip` may be null.
+template <int kParts, class T>
+void pack_pixels_nhwc(const Problem<T>& g, const Run* runs, const int64_t* strip_rows, int64_t run_count,
+                      const Chunk& chunk, const Strip* strip, uint16_t* packed, int64_t part, Watch& watch) {
+  const int64_t channels = chunk.channels, pitch = chunk.terms;
+  const Tap* const taps = g.taps + chunk.t0;
+  const bool whole = strip || channels == g.in.w;  // then the taps of a row of a filter are neighbours
   for (int64_t r = 0; r < run_count; ++r) {
     const Run& run = runs[r];
     uint16_t* const rows = packed + run.dst * pitch;
     int64_t together;
-    for (int64_t t = 0; t < taps; t += together) {
-      const Tap& tap = g.taps[t];
+    for (int64_t t = 0; t < chunk.taps; t += together) {
+      const Tap& tap = taps[t];
       together = 1;
       if (whole)
-        while (t + together < taps && g.taps[t + together].dh == tap.dh &&
-               g.taps[t + together].dw == tap.dw + together)
+        while (t + together < chunk.taps && taps[t + together].dh == tap.dh &&
+               taps[t + together].dw == tap.dw + together)
           ++together;
-      const int64_t h = run.i * g.lattice.ish + tap.dh;
       uint16_t* to = rows + t * channels;
+      if (strip) {
+        const uint16_t* from = strip->data + ((strip_rows[r] + tap.dh - strip->dh) * strip->columns +
+                                              (run.j - strip->j0) * g.lattice.isw + tap.dw - strip->dw) *
+                                                 channels;
+        for (int64_t j = 0; j < run.length; ++j, to += pitch, from += g.lattice.isw * channels)
+          for (int i = 0; i < kParts; ++i) copy_bits(from + i * strip->part, together * channels, to + i * part);
+        continue;
+      }
+      const int64_t h = run.i * g.lattice.ish + tap.dh;
       if (h < 0 || h >= g.in_h) {
         for (int64_t j = 0; j < run.length; ++j, to += pitch) zero_parts<kParts>(to, part, together * channels);
         continue;
       }
-      const T* const line = g.input + run.n * g.in.n + h * g.in.h + c0;
+      const T* const line = g.input + run.n * g.in.n + h * g.in.h + chunk.c0;
       for (int64_t j = 0; j < run.length; ++j, to += pitch) {
         const int64_t w = (run.j + j) * g.lattice.isw + tap.dw;
         const int64_t first = min64(max64(-w, 0), together), last = max64(min64(g.in_w - w, together), first);
         if (first > 0) zero_parts<kParts>(to, part, first * channels);
-        if (first < last)
-          pack_row<kParts>(line + (w + first) * g.in.w, (last - first) * channels, to + first * channels, part, watch);
+        if (first < last) {
+          const T* const from = line + (w + first) * g.in.w;
+          if constexpr (sizeof(T) == 2) {
+            copy_bits(reinterpret_cast<const uint16_t*>(from), (last - first) * channels, to + first * channels);
+          } else {
+            pack_row<kParts>(from, (last - first) * channels, to + first * channels, part, watch);
+          }
+        }
         if (last < together) zero_parts<kParts>(to + last * channels, part, (together - last) * channels);
       }
     }
-    if (terms < pitch)
-      for (int64_t j = 0; j < run.length; ++j) zero_parts<kParts>(rows + j * pitch + terms, part, pitch - terms);
+    if (chunk.filled < pitch)
+      for (int64_t j = 0; j < run.length; ++j)
+        zero_parts<kParts>(rows + j * pitch + chunk.filled, part, pitch - chunk.filled);
   }
 }
 
 // NCHW: panels of kDotColumns pixels, the last one of as few vectors as hold the rest. Runs lie within panels.
 template <int kParts, class T>
-void pack_pixels_nchw(const Problem<T>& g, const Run* runs, int64_t run_count, int64_t pixels, int64_t chunk,
-                      uint16_t* packed, int64_t part, Watch& watch) {
-  const int64_t c0 = g.first(chunk), c1 = g.first(chunk + 1), channels = c1 - c0;
-  const int64_t terms = g.terms(chunk), pitch = g.padded_terms(chunk), step = g.lattice.isw;
+void pack_pixels_nchw(const Problem<T>& g, const Run* runs, const int64_t* strip_rows, int64_t run_count,
+                      int64_t pixels, const Chunk& chunk, const Strip* strip, uint16_t* packed, int64_t part,
+                      Watch& watch) {
+  const int64_t step = g.lattice.isw;
   T even_buffer[kDotColumns], odd_buffer[kDotColumns];
   for (int64_t r = 0; r < run_count; ++r) {
     const Run& run = runs[r];
     const int64_t at = run.dst / kDotColumns * kDotColumns;
     const int64_t width = min64(kDotColumns, round_up(pixels - at, kDotLanes));
-    uint16_t* const panel = packed + at * pitch + (run.dst - at) * 2;
+    uint16_t* const panel = packed + at * chunk.terms + (run.dst - at) * 2;
     // The last panel's unused columns are computed and thrown away; zeros keep them finite.
     const int64_t tail = run.dst + run.length == pixels ? at + width - pixels : 0;
-    for (int64_t t = 0; t < g.lattice.count; ++t) {
-      const Tap& tap = g.taps[t];
+    for (int64_t t = 0; t < chunk.taps; ++t) {
+      const Tap& tap = g.taps[chunk.t0 + t];
+      uint16_t* to = panel + t * chunk.tap_terms * width;
+      if (strip) {
+        const int64_t plane = strip->rows * strip->columns;
+        const uint16_t* from = strip->data + 2 * ((strip_rows[r] + tap.dh - strip->dh) * strip->columns +
+                                                  (run.j - strip->j0) * step + tap.dw - strip->dw);
+        for (int64_t c = 0; c < chunk.channels; c += 2, to += 2 * width, from += 2 * plane)
+          for (int i = 0; i < kParts; ++i) {
+            copy_pairs(from + i * strip->part, step, run.length, to + i * part);
+            if (tail > 0) zero_bits(to + i * part + 2 * run.length, 2 * tail);
+          }
+        continue;
+      }
       const int64_t h = run.i * g.lattice.ish + tap.dh, w = run.j * step + tap.dw;
       Range valid = valid_range(run.length, step, w, g.in_w);
       if (h < 0 || h >= g.in_h) valid = {0, 0};
       const int64_t n = valid.last - valid.first, all = run.length + tail;
-      const T* from = g.input + run.n * g.in.n + c0 * g.in.c + h * g.in.h + w + valid.first * step;
-      int64_t c = 0;
-      const int64_t term = t * channels;
-      if (term % 2 != 0) {
-        // The tap before has left half a pair.
-        add_odd<kParts>(gather(from, step, n, odd_buffer), n, panel + (term - 1) * width + 2 * valid.first, part,
-                        watch);
-        c = 1, from += g.in.c;
-      }
-      for (; c < channels; c += 2, from += 2 * g.in.c) {
-        uint16_t* const to = panel + (term + c) * width;
+      const T* from = g.input + run.n * g.in.n + chunk.c0 * g.in.c + h * g.in.h + w + valid.first * step;
+      for (int64_t c = 0; c < chunk.channels; c += 2, to += 2 * width, from += 2 * g.in.c) {
         if (n < all) {
           zero_parts<kParts>(to, part, 2 * valid.first);
           zero_parts<kParts>(to + 2 * valid.last, part, 2 * (all - valid.last));
         }
-        const T* const odd = c + 1 < channels ? gather(from + g.in.c, step, n, odd_buffer) : nullptr;
+        const T* const odd = c + 1 < chunk.channels ? gather(from + g.in.c, step, n, odd_buffer) : nullptr;
         pack_pairs<kParts>(gather(from, step, n, even_buffer), odd, n, to + 2 * valid.first, part, watch);
       }
     }
-    for (int64_t term = round_up(terms, 2); term < pitch; term += 2)
+    for (int64_t term = chunk.filled; term < chunk.terms; term += 2)
       zero_parts<kParts>(panel + term * width, part, 2 * (run.length + tail));
   }
 }
@@ -188,6 +356,7 @@ struct Workspace {
   uint16_t* pixels;
   uint16_t* weights;  // of a block and a chunk, where they are not shared
   uint16_t* rows;     // of a panel of weights, before it is turned
+  Strip strip;
   float* sums;
 };
 
@@ -195,8 +364,8 @@ struct Workspace {
 // chunk after chunk, `chunk_size` apart; or null.
 template <int kProducts, class T>
 void compute_block(const Problem<T>& g, const DotPanels& panels, const uint16_t* shared, int64_t chunk_size,
-                   int64_t begin, int64_t pixels, int64_t first_panel, int64_t last_panel, const Workspace& work,
-                   Watch& weight_watch, Watch& pixel_watch, bool& unfit) {
+                   int64_t begin, int64_t pixels, int64_t first_panel, int64_t last_panel, Workspace& work,
+                   bool& unfit) {
   constexpr int kParts = parts_for(kProducts);
   const bool nchw = g.layout == Layout::nchw;
   const Lattice& l = g.lattice;
@@ -204,30 +373,35 @@ void compute_block(const Problem<T>& g, const DotPanels& panels, const uint16_t*
   const int64_t block_channels = panels.begin(last_panel) - m0;
   const int64_t pitch = nchw ? round_up(pixels, kDotLanes) : block_channels;
   Run runs[kBlockPixels];
+  int64_t strip_rows[kBlockPixels];
   const int64_t run_count = find_runs(l.rows, l.columns, begin, pixels, nchw ? kDotColumns : pixels, runs);
-  for (int64_t chunk = 0; chunk < g.chunks; ++chunk) {
-    const int64_t terms = g.padded_terms(chunk);
-    const bool add = chunk > 0;
+  const Strip* const strip = needs_strip(g) ? &work.strip : nullptr;
+  if (strip) place_runs(g, runs, run_count, strip_rows);
+  for (int64_t index = 0; index < g.chunks(); ++index) {
+    const Chunk chunk = chunk_of(g, index);
+    const int64_t terms = chunk.terms;
+    const bool add = index > 0;
     DotOperand weights;
     if (shared) {
-      weights = {shared + chunk * chunk_size + m0 * terms, panels.channels() * terms};
+      weights = {shared + index * chunk_size + m0 * terms, panels.channels() * terms};
     } else {
       weights = {work.weights, block_channels * terms};
       for (int64_t panel = first_panel; panel < last_panel; ++panel) {
         const int64_t m = panels.begin(panel), width = panels.width(panel);
         uint16_t* const to = work.weights + (m - m0) * terms;
-        weight_watch = {};
+        Watch watch;
         if (nchw)
-          pack_weight_rows<kParts>(g, m, min64(width, g.out_channels - m), chunk, to, weights.part, weight_watch);
+          pack_weight_rows<kParts>(g, m, min64(width, g.out_channels - m), chunk, to, weights.part, watch);
         else
-          pack_weight_panel<kParts>(g, m, width, chunk, to, weights.part, work.rows, weight_watch);
-        unfit |= !weight_watch.fits();
+          pack_weight_panel<kParts>(g, m, width, chunk, to, weights.part, work.rows, watch);
+        unfit |= !watch.fits();
       }
     }
     const int64_t part = round_up(pixels, nchw ? kDotLanes : kDotRows) * terms;
-    pixel_watch = {};
+    Watch watch;
+    if (strip && chunk.t0 == 0) fill_strip<kParts>(g, runs, run_count, chunk, work.strip, watch);
     if (nchw) {
-      pack_pixels_nchw<kParts>(g, runs, run_count, pixels, chunk, work.pixels, part, pixel_watch);
+      pack_pixels_nchw<kParts>(g, runs, strip_rows, run_count, pixels, chunk, strip, work.pixels, part, watch);
       for (int64_t at = 0; at < pixels; at += kDotColumns) {
         const int64_t width = min64(kDotColumns, round_up(pixels - at, kDotLanes));
         for (int64_t m = m0; m < m1; m += kDotRows)
@@ -237,7 +411,7 @@ void compute_block(const Problem<T>& g, const DotPanels& panels, const uint16_t*
                               add);
       }
     } else {
-      pack_pixels_nhwc<kParts>(g, runs, run_count, chunk, work.pixels, part, pixel_watch);
+      pack_pixels_nhwc<kParts>(g, runs, strip_rows, run_count, chunk, strip, work.pixels, part, watch);
       for (int64_t panel = first_panel; panel < last_panel; ++panel) {
         const int64_t m = panels.begin(panel), width = panels.width(panel);
         for (int64_t at = 0; at < pixels; at += kDotRows)
@@ -247,7 +421,7 @@ void compute_block(const Problem<T>& g, const DotPanels& panels, const uint16_t*
                               work.sums + at * pitch + (m - m0), pitch, add);
       }
     }
-    unfit |= !pixel_watch.fits();
+    unfit |= !watch.fits();
   }
   finish_block(g.out, begin, pixels, m0, m1, work.sums, pitch, runs);
 }
@@ -282,18 +456,22 @@ bool run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
     g.in_h = 1;
   }
   g.out = {p.layout, g.lattice, out, nullptr, nullptr, nullptr, p.activation};
-  const int64_t count = max64(lattice.count, 1);
-  g.chunks = max64(1, ceil_div(g.in_channels * count, dot_chunk(kProducts)));
-  g.chunk_channels = max64(1, ceil_div(g.in_channels, g.chunks));
-  if (g.chunk_channels > 1) g.chunk_channels = round_up(g.chunk_channels, 2);
-  g.chunks = max64(1, ceil_div(g.in_channels, g.chunk_channels));
-  const int64_t chunk_terms = round_up(g.chunk_channels * count, kDotGrain);
+  constexpr int64_t kChunk = dot_chunk(kProducts);
+  // Taps share what a strip holds, so several taps of fewer channels make a chunk.
+  const int64_t most_channels = lattice.count > 1 ? kChunk / 2 : kChunk;
+  g.channel_groups = max64(1, ceil_div(g.in_channels, most_channels));
+  g.group_channels = round_up(max64(1, ceil_div(g.in_channels, g.channel_groups)), 2);
+  if (g.channel_groups == 1) g.group_channels = max64(1, g.in_channels);
+  g.channel_groups = max64(1, ceil_div(g.in_channels, g.group_channels));
+  g.tap_groups = max64(1, ceil_div(lattice.count * g.group_channels, kChunk));
+  int64_t chunk_terms = 0;
+  for (int64_t i = 0; i < g.chunks(); ++i) chunk_terms = max64(chunk_terms, chunk_of(g, i).terms);
 
   // Blocks: as even as possible, and enough tasks to share out.
   const DotPanels panels(!nchw, g.out_channels);
   const int64_t pixels = g.pixels();
   const int64_t grain = nchw ? kDotColumns : kDotRows;
-  int64_t block_pixels = even_block(pixels, kBlockPixels, grain);
+  int64_t block_pixels = even_block(pixels, g.chunks() == 1 ? kShortBlockPixels : kBlockPixels, grain);
   int64_t pixel_blocks = ceil_div(pixels, block_pixels);
   int64_t filter_blocks = ceil_div(g.out_channels, kBlockFilters);
   while (pixel_blocks * filter_blocks * p.groups < kWantedTasks &&
@@ -307,16 +485,18 @@ bool run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
 
   // Weights that few blocks of pixels share are packed by each task, chunk by chunk, and never leave its cache.
   const bool share = pixel_blocks > kFewBlocks;
-  const int64_t chunk_size = kParts * panels.channels() * chunk_terms, group_size = chunk_size * g.chunks;
+  const int64_t chunk_size = kParts * panels.channels() * chunk_terms, group_size = chunk_size * g.chunks();
   const Scratch<uint16_t> all_weights(share ? group_size * p.groups : 0);
   const int64_t block_channels =
       ceil_div(panels.count, filter_blocks) * (nchw ? kDotRows : kDotColumns);
+  const int64_t strip_part = needs_strip(g) ? strip_size(g, block_pixels) : 0;
   const auto lay_out = [&](Arena arena, Workspace* work) {
     uint16_t* const pixel_data = arena.take<uint16_t>(kParts * block_pixels * chunk_terms);
     uint16_t* const weights = arena.take<uint16_t>(share ? 0 : kParts * block_channels * chunk_terms);
     uint16_t* const rows = arena.take<uint16_t>(nchw ? 0 : kParts * kDotColumns * chunk_terms);
+    uint16_t* const strip = arena.take<uint16_t>(kParts * strip_part);
     float* const sums = arena.take<float>(block_pixels * block_channels);
-    if (work) *work = {pixel_data, weights, rows, sums};
+    if (work) *work = {pixel_data, weights, rows, Strip{strip, strip_part, 0, 0, 0, 0, 0}, sums};
     return arena.used;
   };
   const ScratchPieces pieces(p.threads, lay_out(Arena{nullptr}, nullptr));
@@ -335,23 +515,24 @@ bool run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
   {
     Workspace work;
     lay_out(Arena{static_cast<char*>(pieces.piece(omp_get_thread_num()))}, &work);
-    const DotUnit unit;
+    [[maybe_unused]] const DotUnit unit;
     bool unfit = false;
-    Watch weight_watch, pixel_watch;
     if (share) {
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < p.groups * panels.count; ++i) {
         const Problem<T> mine = group_of(i / panels.count);
         const int64_t panel = i % panels.count, m0 = panels.begin(panel), width = panels.width(panel);
-        for (int64_t chunk = 0; chunk < g.chunks; ++chunk) {
-          const int64_t terms = g.padded_terms(chunk), part = panels.channels() * terms;
-          uint16_t* const to = all_weights.data + i / panels.count * group_size + chunk * chunk_size + m0 * terms;
-          weight_watch = {};
+        for (int64_t index = 0; index < g.chunks(); ++index) {
+          const Chunk chunk = chunk_of(g, index);
+          const int64_t part = panels.channels() * chunk.terms;
+          uint16_t* const to =
+              all_weights.data + i / panels.count * group_size + index * chunk_size + m0 * chunk.terms;
+          Watch watch;
           if (nchw)
-            pack_weight_rows<kParts>(mine, m0, min64(width, g.out_channels - m0), chunk, to, part, weight_watch);
+            pack_weight_rows<kParts>(mine, m0, min64(width, g.out_channels - m0), chunk, to, part, watch);
           else
-            pack_weight_panel<kParts>(mine, m0, width, chunk, to, part, work.rows, weight_watch);
-          unfit |= !weight_watch.fits();
+            pack_weight_panel<kParts>(mine, m0, width, chunk, to, part, work.rows, watch);
+          unfit |= !watch.fits();
         }
       }
     }
@@ -363,8 +544,7 @@ bool run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
       compute_block<kProducts>(group_of(group), panels, share ? all_weights.data + group * group_size : nullptr,
                                chunk_size, begin, min64(block_pixels, pixels - begin),
                                panels.count * filter_block / filter_blocks,
-                               panels.count * (filter_block + 1) / filter_blocks, work, weight_watch, pixel_watch,
-                               unfit);
+                               panels.count * (filter_block + 1) / filter_blocks, work, unfit);
     }
     any_unfit |= unfit;
   }

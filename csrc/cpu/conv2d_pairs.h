@@ -50,7 +50,7 @@ struct Products {
 
 // Calls kernel(constant) with the number of products that the call asks for; bfloat16 takes one. Returns what it returns.
 template <class T, class Kernel>
-bool with_products(const Conv2dParams& p, const Kernel& kernel) {
+bool with_products([[maybe_unused]] const Conv2dParams& p, const Kernel& kernel) {
 #if !CNNOPS_ISA_avx512_bf16
   if constexpr (sizeof(T) == 4) {
     if (p.precision == Precision::ieee) return kernel(Products<6>{});

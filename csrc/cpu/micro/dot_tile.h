@@ -36,7 +36,7 @@ constexpr int parts_for(int products) { return products == 6 ? 3 : products == 3
 
 // Terms between two visits of the float32 sums in memory. A panel of b must leave room for a's rows in L1 (24 KB of 32 here,
 // measured); on amx, where 48 KB are expected, 24 or 32 KB. Shorter sums of split values also keep the rounding error low.
-constexpr int64_t dot_chunk(int products) {
+constexpr int64_t dot_chunk([[maybe_unused]] int products) {
 #if CNNOPS_ISA_avx512_bf16
   return 256;
 #else

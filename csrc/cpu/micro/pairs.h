@@ -103,21 +103,6 @@ template <int kParts, class T>
   }
 }
 
-// The odd halves of pairs whose even halves are there and whose odd ones are zero.
-template <int kParts, class T>
-void add_odd(const T* odd, int64_t n, uint16_t* to, int64_t part, Watch& watch) {
-  for (int64_t j = 0; j < n; j += lanes<float>) {
-    const int count = static_cast<int>(min64(n - j, lanes<float>));
-    u32v high[kParts];
-    split_n<kParts>(odd + j, count, high, watch);
-    for (int i = 0; i < kParts; ++i) {
-      float* const out = reinterpret_cast<float*>(to + i * part + 2 * j);
-      const u32v low = reinterpret_cast<u32v>(load_n(out, count));
-      store_n(out, reinterpret_cast<f32v>(low | high[i] << 16), count);
-    }
-  }
-}
-
 // to[t][i] = from[i][t] for pairs of numbers, i < rows, t < pairs; pitches in pairs. Turns rows into a panel and back.
 inline void transpose_pairs(const uint16_t* from, int64_t from_pitch, int64_t rows, int64_t pairs, uint16_t* to,
                             int64_t to_pitch) {

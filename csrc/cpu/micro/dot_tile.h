@@ -9,7 +9,7 @@
 //
 // float32 comes as sums of bfloat16 numbers, x = x1 + x2 + x3, each of which rounds what the ones before leave. The products
 // taken are x1w1 (one: bfloat16 accuracy), with x2w1 and x1w2 (three), with x3w1, x2w2 and x1w3 (six: each that is left out is
-// below 2^-24 of |x||w|), in the order that needs the fewest loads.
+// below 2^-24 of |x||w|).
 #pragma once
 
 #include "common/arith.h"
@@ -117,8 +117,8 @@ struct DotUnit {
 };
 
 // kM x kN tiles of sums in registers 0 to 3; operands go through 4, 5 (a) and 6, 7 (b). A product is expected to take 16
-// cycles and a load 8 from L1, so 2 x 2 tiles with one product (4 loads) are bound by neither alone; with six products each
-// loaded tile serves more than once.
+// cycles and a load 8 from L1, so 2 x 2 tiles with one product (4 loads, 4 products) are bound by the products, with six (16
+// loads, 24 products) far more so.
 template <int kM, int kN, int kProducts>
 void dot_tiles(DotOperand a, int64_t a_pitch, DotOperand b, int64_t width, int64_t terms, float* c, int64_t ldc,
                bool add) {
@@ -139,22 +139,21 @@ void dot_tiles(DotOperand a, int64_t a_pitch, DotOperand b, int64_t width, int64
     if constexpr (kM > 1) tile_dot<2, 5, 6>();
     if constexpr (kM > 1 && kN > 1) tile_dot<3, 5, 7>();
   };
-  for (int64_t t = 0; t < terms; t += kTileTerms) {
-    if constexpr (kProducts == 6) {
-      load_a(2, t), load_b(0, t), multiply();
-      load_a(1, t), multiply();
-      load_b(1, t), multiply();
-      load_a(0, t), multiply();
-      load_b(2, t), multiply();
-      load_b(0, t), multiply();
-    } else if constexpr (kProducts == 3) {
-      load_a(1, t), load_b(0, t), multiply();
-      load_a(0, t), multiply();
-      load_b(1, t), multiply();
-    } else {
-      load_a(0, t), load_b(0, t), multiply();
+  // Small products first, while the sums are small: only the roundings of x1w1 count, a sixth of all.
+  if constexpr (kProducts > 1)
+    for (int64_t t = 0; t < terms; t += kTileTerms) {
+      if constexpr (kProducts == 6) {
+        load_a(2, t), load_b(0, t), multiply();
+        load_a(1, t), multiply();
+        load_b(1, t), multiply();
+        load_a(0, t), multiply();
+        load_b(2, t), multiply();
+      } else {
+        load_a(1, t), load_b(0, t), multiply();
+        load_a(0, t), load_b(1, t), multiply();
+      }
     }
-  }
+  for (int64_t t = 0; t < terms; t += kTileTerms) load_a(0, t), load_b(0, t), multiply();
   alignas(64) float fresh[kDotRows * kDotColumns];
   float* const to = add ? fresh : c;
   const int64_t pitch = add ? kDotColumns : ldc;

@@ -111,6 +111,7 @@ def conv2d_direct(
     activation: int,
     grad: bool,
     threads: int,
+    precision: int,
 ) -> Any: ...
 def conv2d_forward(
     y: Tensor,
@@ -124,6 +125,7 @@ def conv2d_forward(
     groups: int,
     activation: int,
     threads: int,
+    precision: int = 0,
     kernel: int = -1,
 ) -> None: ...
 def conv2d_input_grad(
@@ -136,6 +138,7 @@ def conv2d_input_grad(
     dilation: Sequence[int],
     groups: int,
     threads: int,
+    precision: int = 0,
     kernel: int = -1,
 ) -> None: ...
 def conv2d_weight_grad(
@@ -147,6 +150,7 @@ def conv2d_weight_grad(
     dilation: Sequence[int],
     groups: int,
     threads: int,
+    precision: int = 0,
     kernel: int = -1,
 ) -> None: ...
 def empty(like: object, shape: Sequence[int], code: int, bits: int, channels_last: bool) -> Any: ...

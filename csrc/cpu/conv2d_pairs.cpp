@@ -22,11 +22,11 @@
 namespace cnnops::CNNOPS_ISA {
 namespace {
 
-constexpr int64_t kBlockPixels = 192;   // whole panels; with a chunk of 256: 98 KB of packed pixels
+constexpr int64_t kBlockPixels = 192;      // whole panels; with a chunk of 256: 98 KB of packed pixels
 constexpr int64_t kShortBlockPixels = 96;  // where there is one chunk: sums go to the output while they are near
-constexpr int64_t kBlockFilters = 256;  // with kBlockPixels: 196 KB of sums
-constexpr int64_t kMinFilters = 64;     // smaller blocks would pack the same pixels too often
-constexpr int64_t kFewBlocks = 2;       // of pixels: too few to pay for packing all weights to memory
+constexpr int64_t kBlockFilters = 256;     // with kBlockPixels: 196 KB of sums
+constexpr int64_t kMinFilters = 64;        // smaller blocks would pack the same pixels too often
+constexpr int64_t kFewBlocks = 2;          // of pixels: too few to pay for packing all weights to memory
 static_assert(kBlockPixels % kDotColumns == 0 && kBlockPixels % kDotRows == 0);
 
 // One group of one lattice.
@@ -52,7 +52,7 @@ struct Problem {
 // A chunk: terms (tap, channel), in NCHW with a channel of zeros where their number is odd, then zeros up to a whole grain.
 struct Chunk {
   int64_t c0, channels, t0, taps;
-  int64_t tap_terms;     // of one tap
+  int64_t tap_terms;      // of one tap
   int64_t filled, terms;  // without and with the zeros at the end
 };
 template <class T>
@@ -161,7 +161,8 @@ int64_t strip_size(const Problem<T>& g, int64_t pixels) {
 
 // Fills the strip of a block whose runs these are.
 template <int kParts, class T>
-void fill_strip(const Problem<T>& g, const Run* runs, int64_t run_count, const Chunk& chunk, Strip& strip, Watch& watch) {
+void fill_strip(const Problem<T>& g, const Run* runs, int64_t run_count, const Chunk& chunk, Strip& strip,
+                Watch& watch) {
   const Lattice& l = g.lattice;
   const bool nchw = g.layout == Layout::nchw;
   const Reach reach = reach_of(g.taps, l.count);
@@ -185,8 +186,8 @@ void fill_strip(const Problem<T>& g, const Run* runs, int64_t run_count, const C
       const int64_t h = i0 * l.ish + reach.dh + k;
       const bool inside = h >= 0 && h < g.in_h && valid.first < valid.last;
       const int64_t first = inside ? valid.first : 0, last = inside ? valid.last : 0;
-      const T* from = g.input + n * g.in.n + chunk.c0 * g.in.c + h * g.in.h +
-                      (strip.j0 * l.isw + reach.dw + first) * g.in.w;
+      const T* from =
+          g.input + n * g.in.n + chunk.c0 * g.in.c + h * g.in.h + (strip.j0 * l.isw + reach.dw + first) * g.in.w;
       if (nchw) {
         uint16_t* to = strip.data + row * strip.columns * 2;
         for (int64_t c = 0; c < chunk.channels; c += 2, from += 2 * g.in.c, to += 2 * plane) {
@@ -406,9 +407,8 @@ void compute_block(const Problem<T>& g, const DotPanels& panels, const uint16_t*
         const int64_t width = min64(kDotColumns, round_up(pixels - at, kDotLanes));
         for (int64_t m = m0; m < m1; m += kDotRows)
           dot_tile<kProducts>(static_cast<int>(min64(kDotRows, m1 - m)), static_cast<int>(width / kDotLanes),
-                              {weights.data + (m - m0) * terms, weights.part}, terms,
-                              {work.pixels + at * terms, part}, width, terms, work.sums + (m - m0) * pitch + at, pitch,
-                              add);
+                              {weights.data + (m - m0) * terms, weights.part}, terms, {work.pixels + at * terms, part},
+                              width, terms, work.sums + (m - m0) * pitch + at, pitch, add);
       }
     } else {
       pack_pixels_nhwc<kParts>(g, runs, strip_rows, run_count, chunk, strip, work.pixels, part, watch);
@@ -416,9 +416,8 @@ void compute_block(const Problem<T>& g, const DotPanels& panels, const uint16_t*
         const int64_t m = panels.begin(panel), width = panels.width(panel);
         for (int64_t at = 0; at < pixels; at += kDotRows)
           dot_tile<kProducts>(static_cast<int>(min64(kDotRows, pixels - at)), static_cast<int>(width / kDotLanes),
-                              {work.pixels + at * terms, part}, terms,
-                              {weights.data + (m - m0) * terms, weights.part}, width, terms,
-                              work.sums + at * pitch + (m - m0), pitch, add);
+                              {work.pixels + at * terms, part}, terms, {weights.data + (m - m0) * terms, weights.part},
+                              width, terms, work.sums + at * pitch + (m - m0), pitch, add);
       }
     }
     unfit |= !watch.fits();
@@ -487,8 +486,7 @@ bool run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
   const bool share = pixel_blocks > kFewBlocks;
   const int64_t chunk_size = kParts * panels.channels() * chunk_terms, group_size = chunk_size * g.chunks();
   const Scratch<uint16_t> all_weights(share ? group_size * p.groups : 0);
-  const int64_t block_channels =
-      ceil_div(panels.count, filter_blocks) * (nchw ? kDotRows : kDotColumns);
+  const int64_t block_channels = ceil_div(panels.count, filter_blocks) * (nchw ? kDotRows : kDotColumns);
   const int64_t strip_part = needs_strip(g) ? strip_size(g, block_pixels) : 0;
   const auto lay_out = [&](Arena arena, Workspace* work) {
     uint16_t* const pixel_data = arena.take<uint16_t>(kParts * block_pixels * chunk_terms);
@@ -525,8 +523,7 @@ bool run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
         for (int64_t index = 0; index < g.chunks(); ++index) {
           const Chunk chunk = chunk_of(g, index);
           const int64_t part = panels.channels() * chunk.terms;
-          uint16_t* const to =
-              all_weights.data + i / panels.count * group_size + index * chunk_size + m0 * chunk.terms;
+          uint16_t* const to = all_weights.data + i / panels.count * group_size + index * chunk_size + m0 * chunk.terms;
           Watch watch;
           if (nchw)
             pack_weight_rows<kParts>(mine, m0, min64(width, g.out_channels - m0), chunk, to, part, watch);

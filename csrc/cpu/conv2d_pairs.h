@@ -36,9 +36,7 @@ struct DotPanels {
       : columns(columns),
         vectors(ceil_div(channels, kDotLanes)),
         count(columns ? ceil_div(vectors, kDotVecs) : ceil_div(channels, kDotRows)) {}
-  int64_t begin(int64_t panel) const {
-    return columns ? panel * vectors / count * kDotLanes : panel * kDotRows;
-  }
+  int64_t begin(int64_t panel) const { return columns ? panel * vectors / count * kDotLanes : panel * kDotRows; }
   int64_t width(int64_t panel) const { return begin(panel + 1) - begin(panel); }
   int64_t channels() const { return begin(count); }
 };

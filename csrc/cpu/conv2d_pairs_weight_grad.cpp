@@ -29,9 +29,9 @@ static_assert(kBlockRows % kDotRows == 0 && kBlockColumns % kDotColumns == 0);
 struct Plan {
   bool nchw;
   int64_t group_c, group_k, taps, terms;
-  int64_t rows, columns;                // of a block, at most, in whole tiles
+  int64_t rows, columns;  // of a block, at most, in whole tiles
   int64_t row_blocks, column_blocks, slices;
-  int64_t image_rows, image_columns;    // of dy, rows without a gap taken as one
+  int64_t image_rows, image_columns;  // of dy, rows without a gap taken as one
   int64_t pixels, chunk;
   int64_t all_rows() const { return nchw ? terms : group_k; }
   int64_t all_columns() const { return nchw ? group_k : terms; }
@@ -41,8 +41,8 @@ Plan plan_of(const Conv2dParams& p, int64_t chunk) {
   Plan g{};
   g.nchw = p.layout == Layout::nchw;
   g.group_c = p.c / p.groups, g.group_k = p.k / p.groups, g.taps = p.r * p.s, g.terms = g.group_c * g.taps;
-  const bool gapless = g.taps == 1 && p.stride_h == 1 && p.stride_w == 1 && p.pad_h == 0 && p.pad_w == 0 &&
-                       p.p == p.h && p.q == p.w;
+  const bool gapless =
+      g.taps == 1 && p.stride_h == 1 && p.stride_w == 1 && p.pad_h == 0 && p.pad_w == 0 && p.p == p.h && p.q == p.w;
   g.image_rows = gapless ? 1 : p.p, g.image_columns = gapless ? p.p * p.q : p.q;
   g.pixels = p.n * p.p * p.q;
   g.chunk = round_up(min64(chunk, g.pixels), kDotGrain);
@@ -135,8 +135,7 @@ struct Task {
     const T* pixel[dot_chunk(1)];
     for (int64_t r = 0; r < run_count; ++r)
       for (int64_t j = 0; j < runs[r].length; ++j)
-        pixel[runs[r].dst + j] =
-            dy + runs[r].n * out.n + runs[r].i * out.h + (runs[r].j + j) * out.w + row0;
+        pixel[runs[r].dst + j] = dy + runs[r].n * out.n + runs[r].i * out.h + (runs[r].j + j) * out.w + row0;
     const int64_t turned_part = kTurn * pitch;
     for (int64_t k = 0; k < rows; k += kTurn) {
       const int64_t width = min64(kTurn, rows - k);
@@ -316,8 +315,7 @@ bool weight_grad(const Conv2dParams& p) {
                               in,
                               out,
                               {}};
-      unfit |= !task.run(g.pixels * slice / g.slices, g.pixels * (slice + 1) / g.slices,
-                         partial.data + index * z_size);
+      unfit |= !task.run(g.pixels * slice / g.slices, g.pixels * (slice + 1) / g.slices, partial.data + index * z_size);
     }
     any_unfit |= unfit;
     const int64_t row_steps = ceil_div(g.rows, kFinish), column_steps = ceil_div(g.columns, kFinish);

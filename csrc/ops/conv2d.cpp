@@ -54,7 +54,7 @@ struct Geometry {
 };
 
 Conv2dParams validate(const char* op, const Tensor& x, const Tensor& weight, const Tensor& y, const Geometry& g,
-                      int threads) {
+                      int threads, int precision) {
   Conv2dParams p{};
   p.layout = common_layout(op, x.dtype, {{"input", &x}, {"output", &y}});
   CNNOPS_CHECK(weight.device == Device::cpu && weight.dtype == x.dtype && weight.ndim == 4, std::runtime_error, op,
@@ -91,9 +91,9 @@ void* optional_vector(const char* op, const char* argument, const std::optional<
 
 void forward(const Tensor& y, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
              const std::optional<Tensor>& residual, Pair stride, Pair padding, Pair dilation, int64_t groups,
-             int activation, int threads, int kernel) {
+             int activation, int threads, int precision, int kernel) {
   constexpr const char* kOp = "conv2d";
-  Conv2dParams p = validate(kOp, x, weight, y, {stride, padding, dilation, groups}, threads);
+  Conv2dParams p = validate(kOp, x, weight, y, {stride, padding, dilation, groups}, threads, precision);
   p.bias = optional_vector(kOp, "bias", bias, x.dtype, p.k);
   if (residual) {
     p.layout = common_layout(kOp, x.dtype, {{"input", &x}, {"output", &y}, {"residual", &*residual}});
@@ -107,16 +107,17 @@ void forward(const Tensor& y, const Tensor& x, const Tensor& weight, const std::
 }
 
 void input_grad(const Tensor& dx, const Tensor& dy, const Tensor& weight, const std::optional<Tensor>& bias,
-                Pair stride, Pair padding, Pair dilation, int64_t groups, int threads, int kernel) {
+                Pair stride, Pair padding, Pair dilation, int64_t groups, int threads, int precision, int kernel) {
   constexpr const char* kOp = "conv2d_input_grad";
-  Conv2dParams p = validate(kOp, dx, weight, dy, {stride, padding, dilation, groups}, threads);
+  Conv2dParams p = validate(kOp, dx, weight, dy, {stride, padding, dilation, groups}, threads, precision);
   p.bias = optional_vector(kOp, "bias", bias, dx.dtype, p.c);
   run(table<Conv2dParams>(), "input_grad", dx.dtype, p, kernel);
 }
 
 void weight_grad(const Tensor& dw, const Tensor& dy, const Tensor& x, Pair stride, Pair padding, Pair dilation,
-                 int64_t groups, int threads, int kernel) {
-  const Conv2dParams p = validate("conv2d_weight_grad", x, dw, dy, {stride, padding, dilation, groups}, threads);
+                 int64_t groups, int threads, int precision, int kernel) {
+  const Conv2dParams p =
+      validate("conv2d_weight_grad", x, dw, dy, {stride, padding, dilation, groups}, threads, precision);
   run(table<Conv2dParams>(), "weight_grad", x.dtype, p, kernel);
 }
 
@@ -131,18 +132,18 @@ void bias_grad(const Tensor& db, const Tensor& dy, int threads, int kernel) {
   run(table<Conv2dParams>(), "bias_grad", dy.dtype, p, kernel);
 }
 
-// (input, weight, bias, stride, padding, dilation, groups, activation, grad, threads) -> y, (y,) where a gradient is wanted,
-// or None.
+// (input, weight, bias, stride, padding, dilation, groups, activation, grad, threads, precision) -> y, (y,) where a gradient
+// is wanted, or None.
 PyObject* forward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return direct::attempt([&]() -> PyObject* {
     Tensor x, weight, bias, y;
     Geometry g;
-    int64_t activation, threads;
-    if (count != 10 || !direct::tensor(args[0], x) || !direct::tensor(args[1], weight) ||
+    int64_t activation, threads, precision;
+    if (count != 11 || !direct::tensor(args[0], x) || !direct::tensor(args[1], weight) ||
         !direct::optional_tensor(args[2], bias, 1) || !direct::pair(args[3], g.stride) ||
         !direct::pair(args[4], g.padding) || !direct::pair(args[5], g.dilation) ||
         !direct::integer(args[6], g.groups) || !direct::integer(args[7], activation) ||
-        !direct::integer(args[9], threads))
+        !direct::integer(args[9], threads) || !direct::integer(args[10], precision))
       return nullptr;
     const bool wants_grad = args[8] == Py_True && (direct::requires_grad(args[0]) || direct::requires_grad(args[1]) ||
                                                    direct::requires_grad(args[2]));
@@ -162,7 +163,7 @@ PyObject* forward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
       return nullptr;
     if (bias.data && (bias.dtype != x.dtype || bias.shape[0] != k || (k > 1 && bias.stride[0] != 1))) return nullptr;
     py::object made = direct::empty(args[0], shape, x.dtype, layout, y);
-    Conv2dParams p = validate("conv2d", x, weight, y, g, static_cast<int>(threads));
+    Conv2dParams p = validate("conv2d", x, weight, y, g, static_cast<int>(threads), static_cast<int>(precision));
     p.bias = bias.data;
     p.activation = static_cast<Activation>(activation);
     run(table<Conv2dParams>(), "forward", x.dtype, p, kSelect);
@@ -173,15 +174,16 @@ PyObject* forward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }  // namespace
 
 void bind_conv2d(py::module_& m) {
-  direct::define(m, "conv2d_direct", &forward_direct,
-                 "conv2d_direct(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: Any, "
-                 "padding: Any, dilation: Any, groups: int, activation: int, grad: bool, threads: int) -> object");
+  direct::define(
+      m, "conv2d_direct", &forward_direct,
+      "conv2d_direct(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: Any, "
+      "padding: Any, dilation: Any, groups: int, activation: int, grad: bool, threads: int, precision: int) -> object");
   m.def("conv2d_forward", &forward, "y"_a, "x"_a, "weight"_a, "bias"_a, "residual"_a, "stride"_a, "padding"_a,
-        "dilation"_a, "groups"_a, "activation"_a, "threads"_a, "kernel"_a = kSelect);
+        "dilation"_a, "groups"_a, "activation"_a, "threads"_a, "precision"_a = 0, "kernel"_a = kSelect);
   m.def("conv2d_input_grad", &input_grad, "dx"_a, "dy"_a, "weight"_a, "bias"_a, "stride"_a, "padding"_a, "dilation"_a,
-        "groups"_a, "threads"_a, "kernel"_a = kSelect);
+        "groups"_a, "threads"_a, "precision"_a = 0, "kernel"_a = kSelect);
   m.def("conv2d_weight_grad", &weight_grad, "dw"_a, "dy"_a, "x"_a, "stride"_a, "padding"_a, "dilation"_a, "groups"_a,
-        "threads"_a, "kernel"_a = kSelect);
+        "threads"_a, "precision"_a = 0, "kernel"_a = kSelect);
   m.def("conv2d_bias_grad", &bias_grad, "db"_a, "dy"_a, "threads"_a, "kernel"_a = kSelect);
 }
 

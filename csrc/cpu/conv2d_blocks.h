@@ -77,35 +77,51 @@ void finish_row(const compute_t<T>* sums, int64_t n, compute_t<T> bias, const T*
   }
 }
 
-// Pixels [begin, begin + pixels) of channels [m0, m1). `sums`: [channel][pitch] (NCHW) or [pixel][pitch]. `runs` has room for
-// `pixels` runs.
+// Where pixels [begin, begin + pixels) go: to[i] is the offset of the block's pixel i, and pixels of a run are `lattice.osw` pixels
+// apart. Runs are also cut at multiples of `cut`. Returns their number.
 template <class T>
-void finish_block(const Output<T>& g, int64_t begin, int64_t pixels, int64_t m0, int64_t m1, const compute_t<T>* sums,
-                  int64_t pitch, Run* runs) {
+int64_t find_targets(const Output<T>& g, int64_t begin, int64_t pixels, int64_t cut, Run* runs, int64_t* to) {
   const Lattice& l = g.lattice;
-  const bool nchw = g.layout == Layout::nchw;
-  const bool whole_planes =
-      l.osh == 1 && l.osw == 1 && l.columns * l.rows * g.strides.w == (nchw ? g.strides.c : g.strides.n);
+  const bool whole_planes = l.osh == 1 && l.osw == 1 &&
+                            l.columns * l.rows * g.strides.w == (g.layout == Layout::nchw ? g.strides.c : g.strides.n);
   const int64_t rows = whole_planes ? 1 : l.rows, columns = whole_planes ? l.rows * l.columns : l.columns;
-  const int64_t run_count = find_runs(rows, columns, begin, pixels, pixels, runs);
+  const int64_t run_count = find_runs(rows, columns, begin, pixels, cut, runs);
   for (int64_t r = 0; r < run_count; ++r) {
     const Run& run = runs[r];
     const int64_t at =
         run.n * g.strides.n + (l.oh0 + run.i * l.osh) * g.strides.h + (l.ow0 + run.j * l.osw) * g.strides.w;
-    if (nchw) {
-      for (int64_t m = m0; m < m1; ++m) {
-        const int64_t to = at + m * g.strides.c;
-        finish_row<T>(sums + (m - m0) * pitch + run.dst, run.length, g.bias ? load_scalar(g.bias[m]) : 0, nullptr,
-                      g.residual ? g.residual + to : nullptr, g.activation, g.data + to, l.osw);
-      }
-    } else {
-      for (int64_t j = 0; j < run.length; ++j) {
-        const int64_t to = at + j * l.osw * g.strides.w + m0;
-        finish_row<T>(sums + (run.dst + j) * pitch, m1 - m0, 0, g.bias ? g.bias + m0 : nullptr,
-                      g.residual ? g.residual + to : nullptr, g.activation, g.data + to, 1);
-      }
+    for (int64_t j = 0; j < run.length; ++j) to[run.dst + j] = at + j * l.osw * g.strides.w;
+  }
+  return run_count;
+}
+
+// NCHW: channels [m, m + channels) of the pixels of these runs; sums: [channel][pitch], the first pixel's is `dst`.
+template <class T>
+void finish_channels(const Output<T>& g, const Run* runs, int64_t run_count, const int64_t* to, int64_t dst, int64_t m,
+                     int64_t channels, const compute_t<T>* sums, int64_t pitch) {
+  for (int64_t r = 0; r < run_count; ++r) {
+    const Run& run = runs[r];
+    for (int64_t i = 0; i < channels; ++i) {
+      const int64_t at = to[run.dst] + (m + i) * g.strides.c;
+      finish_row<T>(sums + i * pitch + run.dst - dst, run.length, g.bias ? load_scalar(g.bias[m + i]) : 0, nullptr,
+                    g.residual ? g.residual + at : nullptr, g.activation, g.data + at, g.lattice.osw);
     }
   }
+}
+
+// channels_last: channels [m, m + channels) of `pixels` pixels; sums: [pixel][pitch].
+template <class T>
+void finish_pixels(const Output<T>& g, const int64_t* to, int64_t pixels, int64_t m, int64_t channels,
+                   const compute_t<T>* sums, int64_t pitch) {
+  if (!g.bias && !g.residual && g.activation == Activation::none && channels % lanes<compute_t<T>> == 0) {
+    for (int64_t i = 0; i < pixels; ++i)
+      for (int64_t j = 0; j < channels; j += lanes<compute_t<T>>)
+        store_rounded(g.data + to[i] + m + j, load(sums + i * pitch + j), lanes<compute_t<T>>);
+    return;
+  }
+  for (int64_t i = 0; i < pixels; ++i)
+    finish_row<T>(sums + i * pitch, channels, 0, g.bias ? g.bias + m : nullptr,
+                  g.residual ? g.residual + to[i] + m : nullptr, g.activation, g.data + to[i] + m, 1);
 }
 
 }  // namespace

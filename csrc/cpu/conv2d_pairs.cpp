@@ -7,7 +7,7 @@
 // and the packed weights, adding to a float32 block that also fits L2.
 //   NCHW           rows = output channels (weights), columns = pixels: two channels' pixels side by side make pairs
 //   channels_last  rows = pixels, columns = output channels (weights)
-// A panel of columns stays in L1 while all rows of the block pass. Weights are packed once per call, or by each task where few
+// bfloat16 pixels in channels_last are rows as they lie, and not packed where the unit reads rows from anywhere. A panel of columns stays in L1 while all rows of the block pass. Weights are packed once per call, or by each task where few
 // share them.
 //
 // float32 that does not split (micro/pairs.h) is found out while packing, and the direct kernel computes the call again. That
@@ -22,11 +22,10 @@
 namespace cnnops::CNNOPS_ISA {
 namespace {
 
-constexpr int64_t kBlockPixels = 192;      // whole panels; with a chunk of 256: 98 KB of packed pixels
-constexpr int64_t kShortBlockPixels = 96;  // where there is one chunk: sums go to the output while they are near
-constexpr int64_t kBlockFilters = 256;     // with kBlockPixels: 196 KB of sums
-constexpr int64_t kMinFilters = 64;        // smaller blocks would pack the same pixels too often
-constexpr int64_t kFewBlocks = 2;          // of pixels: too few to pay for packing all weights to memory
+constexpr int64_t kBlockPixels = 192;   // whole panels; with a chunk of 256: 98 KB of packed pixels
+constexpr int64_t kBlockFilters = 256;  // with kBlockPixels: 196 KB of sums
+constexpr int64_t kMinFilters = 64;     // smaller blocks would pack the same pixels too often
+constexpr int64_t kFewBlocks = 2;       // of pixels: too few to pay for packing all weights to memory
 static_assert(kBlockPixels % kDotColumns == 0 && kBlockPixels % kDotRows == 0);
 
 // One group of one lattice.
@@ -146,6 +145,12 @@ Reach reach_of(const Tap* taps, int64_t count) {
 template <class T>
 bool needs_strip(const Problem<T>& g) {
   return g.lattice.count > 1 && (g.layout == Layout::nchw || sizeof(T) > 2);
+}
+
+// Whether pixels are read where they lie: bfloat16 channels_last, in whole pairs, where rows need not be at even distances.
+template <class T>
+bool reads_in_place(const Problem<T>& g) {
+  return kRowsAnywhere && sizeof(T) == 2 && g.layout == Layout::nhwc && g.in_channels % 2 == 0;
 }
 
 // Numbers of a part of a strip, at most, for blocks of `pixels`.
@@ -304,6 +309,24 @@ void pack_pixels_nhwc(const Problem<T>& g, const Run* runs, const int64_t* strip
   }
 }
 
+// channels_last, no splitting, rows anywhere: where the channels of each tap's pixel lie; outside of the image, at `zeros`.
+template <class T>
+void find_pixels(const Problem<T>& g, const Run* runs, int64_t run_count, const Chunk& chunk, const uint16_t* zeros,
+                 const uint16_t** pieces) {
+  for (int64_t t = 0; t < chunk.taps; ++t, pieces += kBlockPixels) {
+    const Tap& tap = g.taps[chunk.t0 + t];
+    for (int64_t r = 0; r < run_count; ++r) {
+      const Run& run = runs[r];
+      const int64_t h = run.i * g.lattice.ish + tap.dh, w = run.j * g.lattice.isw + tap.dw;
+      Range valid = valid_range(run.length, g.lattice.isw, w, g.in_w);
+      if (h < 0 || h >= g.in_h) valid = {0, 0};
+      const auto* const from = reinterpret_cast<const uint16_t*>(g.input + run.n * g.in.n + h * g.in.h + chunk.c0);
+      for (int64_t j = 0; j < run.length; ++j)
+        pieces[run.dst + j] = j >= valid.first && j < valid.last ? from + (w + j * g.lattice.isw) * g.in.w : zeros;
+    }
+  }
+}
+
 // NCHW: panels of kDotColumns pixels, the last one of as few vectors as hold the rest. Runs lie within panels.
 template <int kParts, class T>
 void pack_pixels_nchw(const Problem<T>& g, const Run* runs, const int64_t* strip_rows, int64_t run_count,
@@ -357,6 +380,8 @@ struct Workspace {
   uint16_t* pixels;
   uint16_t* weights;  // of a block and a chunk, where they are not shared
   uint16_t* rows;     // of a panel of weights, before it is turned
+  uint16_t* zeros;    // a group of channels
+  const uint16_t** pieces;
   Strip strip;
   float* sums;
 };
@@ -373,15 +398,17 @@ void compute_block(const Problem<T>& g, const DotPanels& panels, const uint16_t*
   const int64_t m0 = panels.begin(first_panel), m1 = min64(panels.begin(last_panel), g.out_channels);
   const int64_t block_channels = panels.begin(last_panel) - m0;
   const int64_t pitch = nchw ? round_up(pixels, kDotLanes) : block_channels;
-  Run runs[kBlockPixels];
-  int64_t strip_rows[kBlockPixels];
+  Run runs[kBlockPixels], out_runs[kBlockPixels];
+  int64_t strip_rows[kBlockPixels], to[kBlockPixels];
   const int64_t run_count = find_runs(l.rows, l.columns, begin, pixels, nchw ? kDotColumns : pixels, runs);
+  const int64_t out_run_count = find_targets(g.out, begin, pixels, nchw ? kDotColumns : pixels, out_runs, to);
   const Strip* const strip = needs_strip(g) ? &work.strip : nullptr;
   if (strip) place_runs(g, runs, run_count, strip_rows);
   for (int64_t index = 0; index < g.chunks(); ++index) {
     const Chunk chunk = chunk_of(g, index);
     const int64_t terms = chunk.terms;
-    const bool add = index > 0;
+    const bool add = index > 0, last = index + 1 == g.chunks();
+    const bool only = last && !add;  // then sums live for a tile, all in one place
     DotOperand weights;
     if (shared) {
       weights = {shared + index * chunk_size + m0 * terms, panels.channels() * terms};
@@ -403,26 +430,46 @@ void compute_block(const Problem<T>& g, const DotPanels& panels, const uint16_t*
     if (strip && chunk.t0 == 0) fill_strip<kParts>(g, runs, run_count, chunk, work.strip, watch);
     if (nchw) {
       pack_pixels_nchw<kParts>(g, runs, strip_rows, run_count, pixels, chunk, strip, work.pixels, part, watch);
+      int64_t first_run = 0;
       for (int64_t at = 0; at < pixels; at += kDotColumns) {
         const int64_t width = min64(kDotColumns, round_up(pixels - at, kDotLanes));
-        for (int64_t m = m0; m < m1; m += kDotRows)
-          dot_tile<kProducts>(static_cast<int>(min64(kDotRows, m1 - m)), static_cast<int>(width / kDotLanes),
+        int64_t last_run = first_run;
+        while (last_run < out_run_count && out_runs[last_run].dst < at + width) ++last_run;
+        for (int64_t m = m0; m < m1; m += kDotRows) {
+          const int64_t rows = min64(kDotRows, m1 - m), ldc = only ? width : pitch;
+          float* const sums = only ? work.sums : work.sums + (m - m0) * pitch + at;
+          dot_tile<kProducts>(static_cast<int>(rows), static_cast<int>(width / kDotLanes),
                               {weights.data + (m - m0) * terms, weights.part}, terms, {work.pixels + at * terms, part},
-                              width, terms, work.sums + (m - m0) * pitch + at, pitch, add);
+                              width, terms, sums, ldc, add);
+          if (last) finish_channels(g.out, out_runs + first_run, last_run - first_run, to, at, m, rows, sums, ldc);
+        }
+        first_run = last_run;
       }
     } else {
-      pack_pixels_nhwc<kParts>(g, runs, strip_rows, run_count, chunk, strip, work.pixels, part, watch);
+      const bool in_place = reads_in_place(g);
+      if (in_place)
+        find_pixels(g, runs, run_count, chunk, work.zeros, work.pieces);
+      else
+        pack_pixels_nhwc<kParts>(g, runs, strip_rows, run_count, chunk, strip, work.pixels, part, watch);
       for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-        const int64_t m = panels.begin(panel), width = panels.width(panel);
-        for (int64_t at = 0; at < pixels; at += kDotRows)
-          dot_tile<kProducts>(static_cast<int>(min64(kDotRows, pixels - at)), static_cast<int>(width / kDotLanes),
-                              {work.pixels + at * terms, part}, terms, {weights.data + (m - m0) * terms, weights.part},
-                              width, terms, work.sums + at * pitch + (m - m0), pitch, add);
+        const int64_t m = panels.begin(panel), width = panels.width(panel), filled = min64(width, g.out_channels - m);
+        const int vecs = static_cast<int>(width / kDotLanes);
+        const uint16_t* const columns = weights.data + (m - m0) * terms;
+        for (int64_t at = 0; at < pixels; at += kDotRows) {
+          const int64_t rows = min64(kDotRows, pixels - at), ldc = only ? width : pitch;
+          float* const sums = only ? work.sums : work.sums + at * pitch + (m - m0);
+          if (in_place)
+            dot_tile_of_pieces(static_cast<int>(rows), vecs, work.pieces + at, kBlockPixels, chunk.taps, columns, width,
+                               chunk.channels, sums, ldc, add);
+          else
+            dot_tile<kProducts>(static_cast<int>(rows), vecs, {work.pixels + at * terms, part}, terms,
+                                {columns, weights.part}, width, terms, sums, ldc, add);
+          if (last) finish_pixels(g.out, to + at, rows, m, filled, sums, ldc);
+        }
       }
     }
     unfit |= !watch.fits();
   }
-  finish_block(g.out, begin, pixels, m0, m1, work.sums, pitch, runs);
 }
 
 // Whether the result is right; otherwise it must be computed without splitting.
@@ -457,7 +504,7 @@ bool run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
   g.out = {p.layout, g.lattice, out, nullptr, nullptr, nullptr, p.activation};
   constexpr int64_t kChunk = dot_chunk(kProducts);
   // Taps share what a strip holds, so several taps of fewer channels make a chunk.
-  const int64_t most_channels = lattice.count > 1 ? kChunk / 2 : kChunk;
+  const int64_t most_channels = needs_strip(g) ? kChunk / 2 : kChunk;
   g.channel_groups = max64(1, ceil_div(g.in_channels, most_channels));
   g.group_channels = round_up(max64(1, ceil_div(g.in_channels, g.channel_groups)), 2);
   if (g.channel_groups == 1) g.group_channels = max64(1, g.in_channels);
@@ -470,7 +517,7 @@ bool run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
   const DotPanels panels(!nchw, g.out_channels);
   const int64_t pixels = g.pixels();
   const int64_t grain = nchw ? kDotColumns : kDotRows;
-  int64_t block_pixels = even_block(pixels, g.chunks() == 1 ? kShortBlockPixels : kBlockPixels, grain);
+  int64_t block_pixels = even_block(pixels, kBlockPixels, grain);
   int64_t pixel_blocks = ceil_div(pixels, block_pixels);
   int64_t filter_blocks = ceil_div(g.out_channels, kBlockFilters);
   while (pixel_blocks * filter_blocks * p.groups < kWantedTasks &&
@@ -488,13 +535,17 @@ bool run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
   const Scratch<uint16_t> all_weights(share ? group_size * p.groups : 0);
   const int64_t block_channels = ceil_div(panels.count, filter_blocks) * (nchw ? kDotRows : kDotColumns);
   const int64_t strip_part = needs_strip(g) ? strip_size(g, block_pixels) : 0;
+  const bool in_place = reads_in_place(g);
+  const int64_t chunk_taps = ceil_div(lattice.count, g.tap_groups);
   const auto lay_out = [&](Arena arena, Workspace* work) {
-    uint16_t* const pixel_data = arena.take<uint16_t>(kParts * block_pixels * chunk_terms);
+    uint16_t* const pixel_data = arena.take<uint16_t>(in_place ? 0 : kParts * block_pixels * chunk_terms);
     uint16_t* const weights = arena.take<uint16_t>(share ? 0 : kParts * block_channels * chunk_terms);
     uint16_t* const rows = arena.take<uint16_t>(nchw ? 0 : kParts * kDotColumns * chunk_terms);
+    uint16_t* const zeros = arena.take<uint16_t>(in_place ? g.group_channels : 0);
+    const auto pieces = arena.take<const uint16_t*>(in_place ? kBlockPixels * chunk_taps : 0);
     uint16_t* const strip = arena.take<uint16_t>(kParts * strip_part);
     float* const sums = arena.take<float>(block_pixels * block_channels);
-    if (work) *work = {pixel_data, weights, rows, Strip{strip, strip_part, 0, 0, 0, 0, 0}, sums};
+    if (work) *work = {pixel_data, weights, rows, zeros, pieces, Strip{strip, strip_part, 0, 0, 0, 0, 0}, sums};
     return arena.used;
   };
   const ScratchPieces pieces(p.threads, lay_out(Arena{nullptr}, nullptr));
@@ -513,6 +564,7 @@ bool run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
   {
     Workspace work;
     lay_out(Arena{static_cast<char*>(pieces.piece(omp_get_thread_num()))}, &work);
+    if (in_place) zero_bits(work.zeros, g.group_channels);
     [[maybe_unused]] const DotUnit unit;
     bool unfit = false;
     if (share) {

@@ -25,9 +25,11 @@ constexpr int kDotLanes = 16;  // columns of a vector or tile
 #if CNNOPS_ISA_avx512_bf16
 constexpr int kDotRows = 8, kDotVecs = 3;
 constexpr int64_t kDotGrain = 2;
+constexpr bool kRowsAnywhere = true;  // dot_tile_of_pieces exists
 #else
 constexpr int kDotRows = 2 * kTileSide, kDotVecs = 2;
 constexpr int64_t kDotGrain = kTileTerms;
+constexpr bool kRowsAnywhere = false;
 #endif
 constexpr int kDotColumns = kDotVecs * kDotLanes;
 
@@ -56,19 +58,25 @@ typedef uint32_t PairBits __attribute__((may_alias));
 
 struct DotUnit {};  // nothing to set up
 
-template <int kRows, int kVecs>
-void dot_registers(const PairBits* a, int64_t a_pitch, const PairBits* b, int64_t width, int64_t pairs, float* c,
-                   int64_t ldc, bool add) {
+// row(run, i) is where a run of row i begins; `runs` of them, each of `pairs` pairs, make a row.
+template <int kRows, int kVecs, class Row>
+void dot_registers(const Row& row, int64_t runs, const PairBits* b, int64_t width, int64_t pairs, float* c, int64_t ldc,
+                   bool add) {
   __m512 sum[kRows][kVecs] = {};
-  for (int64_t t = 0; t < pairs; ++t, ++a, b += width) {
-    __m512bh bv[kVecs];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) bv[v] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b + v * kDotLanes));
+  for (int64_t run = 0; run < runs; ++run) {
+    const PairBits* a[kRows];
 #pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
-      const __m512bh av = reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a[i * a_pitch])));
+    for (int i = 0; i < kRows; ++i) a[i] = row(run, i);
+    for (int64_t t = 0; t < pairs; ++t, b += width) {
+      __m512bh bv[kVecs];
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], av, bv[v]);
+      for (int v = 0; v < kVecs; ++v) bv[v] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b + v * kDotLanes));
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+        const __m512bh av = reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a[i][t])));
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], av, bv[v]);
+      }
     }
   }
 #pragma GCC unroll 8
@@ -81,15 +89,11 @@ void dot_registers(const PairBits* a, int64_t a_pitch, const PairBits* b, int64_
     }
 }
 
-// The tile for rows <= kDotRows and vecs <= kDotVecs; `width` columns from pair to pair of b, `terms` a multiple of kDotGrain.
-template <int kProducts>
-void dot_tile(int rows, int vecs, DotOperand a, int64_t a_pitch, DotOperand b, int64_t width, int64_t terms, float* c,
-              int64_t ldc, bool add) {
-  static_assert(kProducts == 1);
-  const auto* const a_pairs = reinterpret_cast<const PairBits*>(a.data);
-  const auto* const b_pairs = reinterpret_cast<const PairBits*>(b.data);
+template <class Row>
+void dot_select(int rows, int vecs, const Row& row, int64_t runs, const PairBits* b, int64_t width, int64_t pairs,
+                float* c, int64_t ldc, bool add) {
 #define CNNOPS_TILE(r, v) \
-  case r * 4 + v: return dot_registers<r, v>(a_pairs, a_pitch / 2, b_pairs, width, terms / 2, c, ldc, add);
+  case r * 4 + v: return dot_registers<r, v>(row, runs, b, width, pairs, c, ldc, add);
 #define CNNOPS_TILES(r) CNNOPS_TILE(r, 1) CNNOPS_TILE(r, 2) CNNOPS_TILE(r, 3)
   switch (rows * 4 + vecs) {
     CNNOPS_TILES(1)
@@ -104,6 +108,26 @@ void dot_tile(int rows, int vecs, DotOperand a, int64_t a_pitch, DotOperand b, i
   }
 #undef CNNOPS_TILES
 #undef CNNOPS_TILE
+}
+
+// The tile for rows <= kDotRows and vecs <= kDotVecs; `width` columns from pair to pair of b, `terms` a multiple of kDotGrain.
+template <int kProducts>
+void dot_tile(int rows, int vecs, DotOperand a, int64_t a_pitch, DotOperand b, int64_t width, int64_t terms, float* c,
+              int64_t ldc, bool add) {
+  static_assert(kProducts == 1);
+  const auto* const pairs = reinterpret_cast<const PairBits*>(a.data);
+  const int64_t pitch = a_pitch / 2;
+  dot_select(
+      rows, vecs, [=](int64_t, int64_t i) { return pairs + i * pitch; }, 1, reinterpret_cast<const PairBits*>(b.data),
+      width, terms / 2, c, ldc, add);
+}
+
+// The same with rows in pieces that lie anywhere: `runs` of them, of `terms` terms each, of row i at a[run * a_pitch + i].
+void dot_tile_of_pieces(int rows, int vecs, const uint16_t* const* a, int64_t a_pitch, int64_t runs, const uint16_t* b,
+                        int64_t width, int64_t terms, float* c, int64_t ldc, bool add) {
+  dot_select(
+      rows, vecs, [=](int64_t run, int64_t i) { return reinterpret_cast<const PairBits*>(a[run * a_pitch + i]); }, runs,
+      reinterpret_cast<const PairBits*>(b), width, terms / 2, c, ldc, add);
 }
 
 #else  // tiles
@@ -176,6 +200,12 @@ void dot_tile(int rows, int vecs, DotOperand a, int64_t a_pitch, DotOperand b, i
   if (rows > kTileSide) return dot_tiles<2, 1, kProducts>(a, a_pitch, b, width, terms, c, ldc, add);
   if (vecs > 1) return dot_tiles<1, 2, kProducts>(a, a_pitch, b, width, terms, c, ldc, add);
   return dot_tiles<1, 1, kProducts>(a, a_pitch, b, width, terms, c, ldc, add);
+}
+
+// A tile's rows lie at even distances.
+void dot_tile_of_pieces(int, int, const uint16_t* const*, int64_t, int64_t, const uint16_t*, int64_t, int64_t, float*,
+                        int64_t, bool) {
+  __builtin_unreachable();
 }
 
 #endif

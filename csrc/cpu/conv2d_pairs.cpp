@@ -25,6 +25,7 @@ namespace {
 constexpr int64_t kBlockPixels = 192;   // whole panels; with a chunk of 256: 98 KB of packed pixels
 constexpr int64_t kBlockFilters = 256;  // with kBlockPixels: 196 KB of sums
 constexpr int64_t kMinFilters = 64;     // smaller blocks would pack the same pixels too often
+constexpr int64_t kLine = 64;           // bytes of a cache line
 constexpr int64_t kFewBlocks = 2;       // of pixels: too few to pay for packing all weights to memory
 static_assert(kBlockPixels % kDotColumns == 0 && kBlockPixels % kDotRows == 0);
 
@@ -451,21 +452,31 @@ void compute_block(const Problem<T>& g, const DotPanels& panels, const uint16_t*
         find_pixels(g, runs, run_count, chunk, work.zeros, work.pieces);
       else
         pack_pixels_nhwc<kParts>(g, runs, strip_rows, run_count, chunk, strip, work.pixels, part, watch);
-      for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+      const auto tile = [&](int64_t panel, int64_t at) {
         const int64_t m = panels.begin(panel), width = panels.width(panel), filled = min64(width, g.out_channels - m);
         const int vecs = static_cast<int>(width / kDotLanes);
         const uint16_t* const columns = weights.data + (m - m0) * terms;
-        for (int64_t at = 0; at < pixels; at += kDotRows) {
-          const int64_t rows = min64(kDotRows, pixels - at), ldc = only ? width : pitch;
-          float* const sums = only ? work.sums : work.sums + at * pitch + (m - m0);
-          if (in_place)
-            dot_tile_of_pieces(static_cast<int>(rows), vecs, work.pieces + at, kBlockPixels, chunk.taps, columns, width,
-                               chunk.channels, sums, ldc, add);
-          else
-            dot_tile<kProducts>(static_cast<int>(rows), vecs, {work.pixels + at * terms, part}, terms,
-                                {columns, weights.part}, width, terms, sums, ldc, add);
-          if (last) finish_pixels(g.out, to + at, rows, m, filled, sums, ldc);
-        }
+        const int64_t rows = min64(kDotRows, pixels - at), ldc = only ? width : pitch;
+        float* const sums = only ? work.sums : work.sums + at * pitch + (m - m0);
+        if (last)
+          for (int64_t i = 0; i < rows; ++i)
+            for (int64_t j = 0; j < filled; j += kLine / static_cast<int64_t>(sizeof(T)))
+              __builtin_prefetch(g.out.data + to[at + i] + m + j, 1);
+        if (in_place)
+          dot_tile_of_pieces(static_cast<int>(rows), vecs, work.pieces + at, kBlockPixels, chunk.taps, columns, width,
+                             chunk.channels, sums, ldc, add);
+        else
+          dot_tile<kProducts>(static_cast<int>(rows), vecs, {work.pixels + at * terms, part}, terms,
+                              {columns, weights.part}, width, terms, sums, ldc, add);
+        if (last) finish_pixels(g.out, to + at, rows, m, filled, sums, ldc);
+      };
+      // Where the sums do not visit memory, the output is the larger stream: whole pixels of it then follow each other.
+      if (only) {
+        for (int64_t at = 0; at < pixels; at += kDotRows)
+          for (int64_t panel = first_panel; panel < last_panel; ++panel) tile(panel, at);
+      } else {
+        for (int64_t panel = first_panel; panel < last_panel; ++panel)
+          for (int64_t at = 0; at < pixels; at += kDotRows) tile(panel, at);
       }
     }
     unfit |= !watch.fits();

@@ -120,13 +120,14 @@ void pack_weight_panel(const Problem<T>& g, int64_t m0, int64_t width, const Chu
 
 // The pixels that a block sees of a group of channels, split, with the zeros of the padding around them: what several taps
 // share is prepared once, and no tap needs to look for borders.
-//   NCHW           [pair of channels][row][column][2]
+//   NCHW           [pair of channels][phase][row][column][2]: pixels of every ish-th row and isw-th column are a phase, so
+//                  that neighbours of the lattice are neighbours for every tap
 //   channels_last  [row][column][channel]
 struct Strip {
   uint16_t* data;
-  int64_t part, rows, columns;
-  int64_t dh, dw;  // the least of the taps
-  int64_t j0;      // the lattice column of its first column
+  int64_t part, rows, columns;  // NCHW: of a phase
+  int64_t dh, dw;               // the least of the taps
+  int64_t j0;                   // the lattice column of its first column
 };
 
 // How far the taps reach: the difference between the first and the last.
@@ -157,12 +158,97 @@ bool reads_in_place(const Problem<T>& g) {
 // Numbers of a part of a strip, at most, for blocks of `pixels`.
 template <class T>
 int64_t strip_size(const Problem<T>& g, int64_t pixels) {
-  const Reach reach = reach_of(g.taps, g.lattice.count);
-  const int64_t lines = min64(pixels / g.lattice.columns + 2, g.images * g.lattice.rows);
-  const int64_t images = min64(lines / g.lattice.rows + 2, g.images);
-  const int64_t rows = lines * g.lattice.ish + images * (reach.h + 1);
-  const int64_t columns = (g.lattice.columns - 1) * g.lattice.isw + reach.w + 1;
-  return rows * columns * round_up(g.group_channels, 2) + 4 * kDotLanes;  // strided copies read past the end
+  const Lattice& l = g.lattice;
+  const Reach reach = reach_of(g.taps, l.count);
+  const int64_t lines = min64(pixels / l.columns + 2, g.images * l.rows);
+  const int64_t images = min64(lines / l.rows + 2, g.images);
+  constexpr int64_t kPastEnd = 4 * kDotLanes;  // two vectors of pairs are read from anywhere on
+  if (g.layout == Layout::nchw)
+    return l.ish * l.isw * (lines + images * (reach.h / l.ish)) * (l.columns + reach.w / l.isw) *
+               round_up(g.group_channels, 2) +
+           kPastEnd;
+  const int64_t rows = lines * l.ish + images * (reach.h + 1), columns = (l.columns - 1) * l.isw + reach.w + 1;
+  return rows * columns * g.group_channels + kPastEnd;
+}
+
+// An image's rows in a strip.
+struct Segment {
+  int64_t n, i0, i1;  // lattice rows
+};
+Segment segment_of(const Lattice& l, const Run& front, const Run& back, int64_t n) {
+  return {n, n == front.n ? front.i : 0, n == back.n ? back.i : l.rows - 1};
+}
+
+template <int kParts, class T>
+void fill_strip_nchw(const Problem<T>& g, const Run& front, const Run& back, const Reach& reach, const Chunk& chunk,
+                     Strip& strip, Watch& watch) {
+  const Lattice& l = g.lattice;
+  const int64_t plane = l.ish * l.isw * strip.rows * strip.columns;
+  for (int64_t phase = 0; phase < l.ish * l.isw; ++phase) {
+    const int64_t ph = phase / l.isw, pw = phase % l.isw;
+    bool used = false;
+    for (int64_t t = 0; t < l.count; ++t)
+      used = used || ((g.taps[t].dh - reach.dh) % l.ish == ph && (g.taps[t].dw - reach.dw) % l.isw == pw);
+    if (!used) continue;
+    const int64_t w0 = strip.j0 * l.isw + reach.dw + pw;
+    const Range valid = valid_range(strip.columns, l.isw, w0, g.in_w);
+    int64_t row = phase * strip.rows;
+    for (int64_t n = front.n; n <= back.n; ++n) {
+      const Segment segment = segment_of(l, front, back, n);
+      for (int64_t i = segment.i0; i <= segment.i1 + reach.h / l.ish; ++i, ++row) {
+        const int64_t h = i * l.ish + reach.dh + ph;
+        const bool inside = h >= 0 && h < g.in_h && valid.first < valid.last;
+        const int64_t first = inside ? valid.first : 0, last = inside ? valid.last : 0;
+        const T* from = g.input + n * g.in.n + chunk.c0 * g.in.c + h * g.in.h + w0;
+        uint16_t* to = strip.data + row * strip.columns * 2;
+        for (int64_t c = 0; c < chunk.channels; c += 2, from += 2 * g.in.c, to += 2 * plane) {
+          const bool two = c + 1 < chunk.channels;
+          if (first > 0) zero_parts<kParts>(to, strip.part, 2 * first);
+          if (l.isw == 1) {
+            pack_pairs<kParts>(from + first, two ? from + first + g.in.c : nullptr, last - first, to + 2 * first,
+                               strip.part, watch);
+          } else {
+            T even[kGather], odd[kGather];
+            for (int64_t j = first; j < last; j += kGather) {
+              const int64_t count = min64(kGather, last - j);
+              const T* const at = from + j * l.isw;
+              pack_pairs<kParts>(gather(at, l.isw, count, even), two ? gather(at + g.in.c, l.isw, count, odd) : nullptr,
+                                 count, to + 2 * j, strip.part, watch);
+            }
+          }
+          if (last < strip.columns) zero_parts<kParts>(to + 2 * last, strip.part, 2 * (strip.columns - last));
+        }
+      }
+    }
+  }
+}
+
+template <int kParts, class T>
+void fill_strip_nhwc(const Problem<T>& g, const Run& front, const Run& back, const Reach& reach, const Chunk& chunk,
+                     Strip& strip, Watch& watch) {
+  const Lattice& l = g.lattice;
+  const Range valid = valid_range(strip.columns, 1, strip.j0 * l.isw + reach.dw, g.in_w);
+  int64_t row = 0;
+  for (int64_t n = front.n; n <= back.n; ++n) {
+    const Segment segment = segment_of(l, front, back, n);
+    for (int64_t k = 0; k < (segment.i1 - segment.i0) * l.ish + reach.h + 1; ++k, ++row) {
+      const int64_t h = segment.i0 * l.ish + reach.dh + k;
+      const bool inside = h >= 0 && h < g.in_h && valid.first < valid.last;
+      const int64_t first = inside ? valid.first : 0, last = inside ? valid.last : 0;
+      const T* from = g.input + n * g.in.n + chunk.c0 + h * g.in.h + (strip.j0 * l.isw + reach.dw + first) * g.in.w;
+      uint16_t* to = strip.data + row * strip.columns * chunk.channels;
+      zero_parts<kParts>(to, strip.part, first * chunk.channels);
+      for (int64_t j = first; j < last; ++j, from += g.in.w)
+        pack_row<kParts>(from, chunk.channels, to + j * chunk.channels, strip.part, watch);
+      zero_parts<kParts>(to + last * chunk.channels, strip.part, (strip.columns - last) * chunk.channels);
+    }
+  }
+}
+
+// NCHW: how far a tap's pixel lies from the lattice's, in pairs.
+int64_t tap_place(const Lattice& l, const Strip& strip, const Tap& tap) {
+  const int64_t h = tap.dh - strip.dh, w = tap.dw - strip.dw;
+  return ((h % l.ish * l.isw + w % l.isw) * strip.rows + h / l.ish) * strip.columns + w / l.isw;
 }
 
 // Fills the strip of a block whose runs these are.
@@ -177,51 +263,30 @@ void fill_strip(const Problem<T>& g, const Run* runs, int64_t run_count, const C
   strip.dh = reach.dh, strip.dw = reach.dw;
   strip.j0 = one_line ? front.j : 0;
   const int64_t lattice_columns = one_line ? back.j + back.length - front.j : l.columns;
-  strip.columns = (lattice_columns - 1) * l.isw + reach.w + 1;
+  strip.columns = nchw ? lattice_columns + reach.w / l.isw : (lattice_columns - 1) * l.isw + reach.w + 1;
   strip.rows = 0;
   for (int64_t n = front.n; n <= back.n; ++n) {
-    const int64_t i0 = n == front.n ? front.i : 0, i1 = n == back.n ? back.i : l.rows - 1;
-    strip.rows += (i1 - i0) * l.ish + reach.h + 1;
+    const Segment segment = segment_of(l, front, back, n);
+    const int64_t lines = segment.i1 - segment.i0;
+    strip.rows += nchw ? lines + reach.h / l.ish + 1 : lines * l.ish + reach.h + 1;
   }
-  const Range valid = valid_range(strip.columns, 1, strip.j0 * l.isw + reach.dw, g.in_w);
-  const int64_t plane = strip.rows * strip.columns;
-  int64_t row = 0;
-  for (int64_t n = front.n; n <= back.n; ++n) {
-    const int64_t i0 = n == front.n ? front.i : 0, i1 = n == back.n ? back.i : l.rows - 1;
-    for (int64_t k = 0; k < (i1 - i0) * l.ish + reach.h + 1; ++k, ++row) {
-      const int64_t h = i0 * l.ish + reach.dh + k;
-      const bool inside = h >= 0 && h < g.in_h && valid.first < valid.last;
-      const int64_t first = inside ? valid.first : 0, last = inside ? valid.last : 0;
-      const T* from =
-          g.input + n * g.in.n + chunk.c0 * g.in.c + h * g.in.h + (strip.j0 * l.isw + reach.dw + first) * g.in.w;
-      if (nchw) {
-        uint16_t* to = strip.data + row * strip.columns * 2;
-        for (int64_t c = 0; c < chunk.channels; c += 2, from += 2 * g.in.c, to += 2 * plane) {
-          if (first > 0) zero_parts<kParts>(to, strip.part, 2 * first);
-          pack_pairs<kParts>(from, c + 1 < chunk.channels ? from + g.in.c : nullptr, last - first, to + 2 * first,
-                             strip.part, watch);
-          if (last < strip.columns) zero_parts<kParts>(to + 2 * last, strip.part, 2 * (strip.columns - last));
-        }
-      } else {
-        uint16_t* to = strip.data + row * strip.columns * chunk.channels;
-        zero_parts<kParts>(to, strip.part, first * chunk.channels);
-        for (int64_t j = first; j < last; ++j, from += g.in.w)
-          pack_row<kParts>(from, chunk.channels, to + j * chunk.channels, strip.part, watch);
-        zero_parts<kParts>(to + last * chunk.channels, strip.part, (strip.columns - last) * chunk.channels);
-      }
-    }
-  }
+  if (nchw)
+    fill_strip_nchw<kParts>(g, front, back, reach, chunk, strip, watch);
+  else
+    fill_strip_nhwc<kParts>(g, front, back, reach, chunk, strip, watch);
 }
 
 // The strip's row of tap row 0 of each run.
 template <class T>
 void place_runs(const Problem<T>& g, const Run* runs, int64_t run_count, int64_t* rows) {
-  const int64_t reach = reach_of(g.taps, g.lattice.count).h;
+  const bool nchw = g.layout == Layout::nchw;
+  const int64_t reach = reach_of(g.taps, g.lattice.count).h, step = nchw ? 1 : g.lattice.ish;
+  const int64_t between = nchw ? reach / g.lattice.ish + 1 : reach + 1;
   int64_t base = 0;
   for (int64_t r = 0; r < run_count; ++r) {
-    if (r > 0 && runs[r].n != runs[r - 1].n) base = rows[r - 1] + reach + 1 - runs[r].i * g.lattice.ish;
-    if (r == 0) base = -runs[0].i * g.lattice.ish;
-    rows[r] = base + runs[r].i * g.lattice.ish;
+    if (r > 0 && runs[r].n != runs[r - 1].n) base = rows[r - 1] + between - runs[r].i * step;
+    if (r == 0) base = -runs[0].i * step;
+    rows[r] = base + runs[r].i * step;
   }
 }
 
@@ -238,22 +303,13 @@ inline void copy_bits(const uint16_t* from, int64_t n, uint16_t* to) {
   std::memcpy(to, from, static_cast<size_t>(n) * 2);
 #endif
 }
-inline void copy_pairs(const uint16_t* from, int64_t step, int64_t n, uint16_t* to) {
+inline void copy_pairs(const uint16_t* from, int64_t n, uint16_t* to) {
   const auto* const in = reinterpret_cast<const float*>(from);
   auto* const out = reinterpret_cast<float*>(to);
-  if (step <= 2) {
-    for (int64_t j = 0; j < n; j += lanes<float>) {
-      const int count = static_cast<int>(min64(n - j, lanes<float>));
-      if (step == 1) {
-        store_n(out + j, load_n(in + j, count), count);
-      } else {
-        store_n(out + j, evens(load(in + 2 * j), load(in + 2 * j + lanes<float>)), count);
-      }
-    }
-    return;
+  for (int64_t j = 0; j < n; j += lanes<float>) {
+    const int count = static_cast<int>(min64(n - j, lanes<float>));
+    store_n(out + j, load_n(in + j, count), count);
   }
-  auto* const pairs = reinterpret_cast<PairBits*>(to);
-  for (int64_t j = 0; j < n; ++j) pairs[j] = reinterpret_cast<const PairBits*>(from)[j * step];
 }
 
 // channels_last: rows [pixel][(tap, channel)]; `strip` may be null.
@@ -328,6 +384,97 @@ void find_pixels(const Problem<T>& g, const Run* runs, int64_t run_count, const 
   }
 }
 
+// NCHW: where a strip holds the pixels of a block, in pairs from the strip's first: for each vector of pixels a place from which
+// two vectors reach all or its first ones, and if need be another for the rest. The same for every tap and pair of channels:
+// rows of few pixels are put together by exchanging lanes, at two loads per vector, not row by row.
+struct VectorSources {
+  struct Source {
+    int64_t at[2];
+    alignas(64) int32_t lane[2][kDotLanes];
+    unsigned second;  // lanes that take the other place
+    bool plain;       // neighbours
+  };
+  Source vectors[kBlockPixels / kDotLanes];
+  bool found = false;
+
+  // `strip_rows`: of each run (place_runs).
+  void find(const Run* runs, const int64_t* strip_rows, int64_t run_count, int64_t pixels, int64_t columns,
+            int64_t j0) {
+    found = false;
+    int64_t place[kBlockPixels];
+    for (int64_t r = 0; r < run_count; ++r)
+      for (int64_t j = 0; j < runs[r].length; ++j)
+        place[runs[r].dst + j] = strip_rows[r] * columns + runs[r].j + j - j0;
+    for (int64_t i = pixels; i < round_up(pixels, kDotLanes); ++i) place[i] = place[pixels - 1];
+    for (int64_t i = 0; i < pixels; i += kDotLanes) {
+      Source& s = vectors[i / kDotLanes];
+      s.at[0] = s.at[1] = place[i];
+      s.second = 0;
+      s.plain = true;
+      for (int l = 0; l < kDotLanes; ++l) {
+        const int64_t from = place[i + l];
+        s.plain = s.plain && from == place[i] + l;
+        if (!s.second && from - s.at[0] >= 2 * kDotLanes) s.at[1] = from;
+        if (s.at[1] != s.at[0]) s.second |= 1u << l;
+        if (from - s.at[1] >= 2 * kDotLanes) return;
+        s.lane[0][l] = s.second ? 0 : static_cast<int32_t>(from - s.at[0]);
+        s.lane[1][l] = s.second ? static_cast<int32_t>(from - s.at[1]) : 0;
+      }
+    }
+    found = true;
+  }
+};
+
+// Pairs of `count` planes, `from_pitch` numbers apart, to rows `to_pitch` apart.
+inline void collect(const VectorSources::Source& s, const uint16_t* from, int64_t from_pitch, int64_t count,
+                    uint16_t* to, int64_t to_pitch) {
+#if CNNOPS_ISA_avx512
+  const __m512i lane = _mm512_load_si512(s.lane[0]), other = _mm512_load_si512(s.lane[1]);
+  const uint16_t* const far = from + 2 * s.at[1];
+  from += 2 * s.at[0];
+  for (int64_t c = 0; c < count; ++c) {
+    const uint16_t *const near = from + c * from_pitch, *const rest = far + c * from_pitch;
+    __m512i pairs = _mm512_loadu_si512(near);
+    if (!s.plain) pairs = _mm512_permutex2var_epi32(pairs, lane, _mm512_loadu_si512(near + 2 * kDotLanes));
+    if (s.second) {
+      const __m512i more =
+          _mm512_permutex2var_epi32(_mm512_loadu_si512(rest), other, _mm512_loadu_si512(rest + 2 * kDotLanes));
+      pairs = _mm512_mask_mov_epi32(pairs, static_cast<__mmask16>(s.second), more);
+    }
+    _mm512_storeu_si512(to + c * to_pitch, pairs);
+  }
+#else
+  for (int64_t c = 0; c < count; ++c) {
+    const auto* const in = reinterpret_cast<const PairBits*>(from + c * from_pitch);
+    auto* const out = reinterpret_cast<PairBits*>(to + c * to_pitch);
+    for (int l = 0; l < kDotLanes; ++l) {
+      const int which = s.second >> l & 1;
+      out[l] = in[s.at[which] + s.lane[which][l]];
+    }
+  }
+#endif
+}
+
+template <int kParts, class T>
+void pack_vectors_nchw(const Problem<T>& g, const VectorSources& sources, int64_t pixels, const Chunk& chunk,
+                       const Strip& strip, uint16_t* packed, int64_t part) {
+  const Lattice& l = g.lattice;
+  const int64_t plane = l.ish * l.isw * strip.rows * strip.columns;
+  for (int64_t at = 0; at < pixels; at += kDotLanes) {
+    const int64_t panel = at / kDotColumns * kDotColumns,
+                  width = min64(kDotColumns, round_up(pixels - panel, kDotLanes));
+    uint16_t* const column = packed + panel * chunk.terms + (at - panel) * 2;
+    for (int64_t t = 0; t < chunk.taps; ++t) {
+      const uint16_t* const from = strip.data + 2 * tap_place(l, strip, g.taps[chunk.t0 + t]);
+      for (int i = 0; i < kParts; ++i)
+        collect(sources.vectors[at / kDotLanes], from + i * strip.part, 2 * plane, chunk.tap_terms / 2,
+                column + t * chunk.tap_terms * width + i * part, 2 * width);
+    }
+    for (int64_t term = chunk.filled; term < chunk.terms; term += 2)
+      zero_parts<kParts>(column + term * width, part, 2 * kDotLanes);
+  }
+}
+
 // NCHW: panels of kDotColumns pixels, the last one of as few vectors as hold the rest. Runs lie within panels.
 template <int kParts, class T>
 void pack_pixels_nchw(const Problem<T>& g, const Run* runs, const int64_t* strip_rows, int64_t run_count,
@@ -346,12 +493,12 @@ void pack_pixels_nchw(const Problem<T>& g, const Run* runs, const int64_t* strip
       const Tap& tap = g.taps[chunk.t0 + t];
       uint16_t* to = panel + t * chunk.tap_terms * width;
       if (strip) {
-        const int64_t plane = strip->rows * strip->columns;
-        const uint16_t* from = strip->data + 2 * ((strip_rows[r] + tap.dh - strip->dh) * strip->columns +
-                                                  (run.j - strip->j0) * step + tap.dw - strip->dw);
+        const int64_t plane = g.lattice.ish * g.lattice.isw * strip->rows * strip->columns;
+        const uint16_t* from =
+            strip->data + 2 * (tap_place(g.lattice, *strip, tap) + strip_rows[r] * strip->columns + run.j - strip->j0);
         for (int64_t c = 0; c < chunk.channels; c += 2, to += 2 * width, from += 2 * plane)
           for (int i = 0; i < kParts; ++i) {
-            copy_pairs(from + i * strip->part, step, run.length, to + i * part);
+            copy_pairs(from + i * strip->part, run.length, to + i * part);
             if (tail > 0) zero_bits(to + i * part + 2 * run.length, 2 * tail);
           }
         continue;
@@ -404,6 +551,7 @@ void compute_block(const Problem<T>& g, const DotPanels& panels, const uint16_t*
   const int64_t run_count = find_runs(l.rows, l.columns, begin, pixels, nchw ? kDotColumns : pixels, runs);
   const int64_t out_run_count = find_targets(g.out, begin, pixels, nchw ? kDotColumns : pixels, out_runs, to);
   const Strip* const strip = needs_strip(g) ? &work.strip : nullptr;
+  VectorSources sources;
   if (strip) place_runs(g, runs, run_count, strip_rows);
   for (int64_t index = 0; index < g.chunks(); ++index) {
     const Chunk chunk = chunk_of(g, index);
@@ -429,8 +577,12 @@ void compute_block(const Problem<T>& g, const DotPanels& panels, const uint16_t*
     const int64_t part = round_up(pixels, nchw ? kDotLanes : kDotRows) * terms;
     Watch watch;
     if (strip && chunk.t0 == 0) fill_strip<kParts>(g, runs, run_count, chunk, work.strip, watch);
+    if (strip && nchw && index == 0) sources.find(runs, strip_rows, run_count, pixels, strip->columns, strip->j0);
     if (nchw) {
-      pack_pixels_nchw<kParts>(g, runs, strip_rows, run_count, pixels, chunk, strip, work.pixels, part, watch);
+      if (strip && sources.found)
+        pack_vectors_nchw<kParts>(g, sources, pixels, chunk, *strip, work.pixels, part);
+      else
+        pack_pixels_nchw<kParts>(g, runs, strip_rows, run_count, pixels, chunk, strip, work.pixels, part, watch);
       int64_t first_run = 0;
       for (int64_t at = 0; at < pixels; at += kDotColumns) {
         const int64_t width = min64(kDotColumns, round_up(pixels - at, kDotLanes));

@@ -78,14 +78,14 @@ void finish_row(const compute_t<T>* sums, int64_t n, compute_t<T> bias, const T*
 }
 
 // Where pixels [begin, begin + pixels) go: to[i] is the offset of the block's pixel i, and pixels of a run are `lattice.osw` pixels
-// apart. Runs are also cut at multiples of `cut`. Returns their number.
+// apart. Returns the number of runs.
 template <class T>
-int64_t find_targets(const Output<T>& g, int64_t begin, int64_t pixels, int64_t cut, Run* runs, int64_t* to) {
+int64_t find_targets(const Output<T>& g, int64_t begin, int64_t pixels, Run* runs, int64_t* to) {
   const Lattice& l = g.lattice;
   const bool whole_planes = l.osh == 1 && l.osw == 1 &&
                             l.columns * l.rows * g.strides.w == (g.layout == Layout::nchw ? g.strides.c : g.strides.n);
   const int64_t rows = whole_planes ? 1 : l.rows, columns = whole_planes ? l.rows * l.columns : l.columns;
-  const int64_t run_count = find_runs(rows, columns, begin, pixels, cut, runs);
+  const int64_t run_count = find_runs(rows, columns, begin, pixels, pixels, runs);
   for (int64_t r = 0; r < run_count; ++r) {
     const Run& run = runs[r];
     const int64_t at =
@@ -95,15 +95,15 @@ int64_t find_targets(const Output<T>& g, int64_t begin, int64_t pixels, int64_t 
   return run_count;
 }
 
-// NCHW: channels [m, m + channels) of the pixels of these runs; sums: [channel][pitch], the first pixel's is `dst`.
+// NCHW: channels [m, m + channels) of the pixels of these runs; sums: [channel][pitch].
 template <class T>
-void finish_channels(const Output<T>& g, const Run* runs, int64_t run_count, const int64_t* to, int64_t dst, int64_t m,
+void finish_channels(const Output<T>& g, const Run* runs, int64_t run_count, const int64_t* to, int64_t m,
                      int64_t channels, const compute_t<T>* sums, int64_t pitch) {
   for (int64_t r = 0; r < run_count; ++r) {
     const Run& run = runs[r];
     for (int64_t i = 0; i < channels; ++i) {
       const int64_t at = to[run.dst] + (m + i) * g.strides.c;
-      finish_row<T>(sums + i * pitch + run.dst - dst, run.length, g.bias ? load_scalar(g.bias[m + i]) : 0, nullptr,
+      finish_row<T>(sums + i * pitch + run.dst, run.length, g.bias ? load_scalar(g.bias[m + i]) : 0, nullptr,
                     g.residual ? g.residual + at : nullptr, g.activation, g.data + at, g.lattice.osw);
     }
   }

@@ -22,11 +22,12 @@
 namespace cnnops::CNNOPS_ISA {
 namespace {
 
-constexpr int64_t kBlockPixels = 192;   // whole panels; with a chunk of 256: 98 KB of packed pixels
-constexpr int64_t kBlockFilters = 256;  // with kBlockPixels: 196 KB of sums
-constexpr int64_t kMinFilters = 64;     // smaller blocks would pack the same pixels too often
-constexpr int64_t kLine = 64;           // bytes of a cache line
-constexpr int64_t kFewBlocks = 2;       // of pixels: too few to pay for packing all weights to memory
+constexpr int64_t kBlockPixels = 192;      // whole panels; with a chunk of 256: 98 KB of packed pixels
+constexpr int64_t kShortBlockPixels = 96;  // NCHW with one chunk: sums go to the output while they are near
+constexpr int64_t kBlockFilters = 256;     // with kBlockPixels: 196 KB of sums
+constexpr int64_t kMinFilters = 64;        // smaller blocks would pack the same pixels too often
+constexpr int64_t kLine = 64;              // bytes of a cache line
+constexpr int64_t kFewBlocks = 2;          // of pixels: too few to pay for packing all weights to memory
 static_assert(kBlockPixels % kDotColumns == 0 && kBlockPixels % kDotRows == 0);
 
 // One group of one lattice.
@@ -73,21 +74,37 @@ Chunk chunk_of(const Problem<T>& g, int64_t index) {
 
 constexpr int64_t kGather = 64;
 
-// Rows of terms of `count` output channels from m0 on.
+// Rows of terms of `count` output channels from m0 on, a tile's rows or columns at most.
 template <int kParts, class T>
 void pack_weight_rows(const Problem<T>& g, int64_t m0, int64_t count, const Chunk& chunk, uint16_t* to, int64_t part,
                       Watch& watch) {
-  T buffer[kGather];
+  const auto weight = [&](int64_t m, int64_t c, int64_t t) {
+    return g.weight + (m0 + m) * g.stride_m + (chunk.c0 + c) * g.stride_c + g.taps[chunk.t0 + t].weight;
+  };
+  if (g.stride_m < g.stride_c) {  // the channels of a row lie far apart: all rows' are read together
+    constexpr int64_t kTogether = 16;
+    T rows[kDotColumns > kDotRows ? kDotColumns : kDotRows][kTogether];
+    for (int64_t c = 0; c < chunk.channels; c += kTogether)
+      for (int64_t t = 0; t < chunk.taps; ++t) {
+        const int64_t n = min64(kTogether, chunk.channels - c);
+        const T* const from = weight(0, c, t);
+        for (int64_t i = 0; i < n; ++i)
+          for (int64_t m = 0; m < count; ++m) rows[m][i] = from[i * g.stride_c + m * g.stride_m];
+        for (int64_t m = 0; m < count; ++m)
+          pack_row<kParts>(rows[m], n, to + m * chunk.terms + t * chunk.tap_terms + c, part, watch);
+      }
+  } else {
+    T buffer[kGather];
+    for (int64_t m = 0; m < count; ++m)
+      for (int64_t c = 0; c < chunk.channels; c += kGather)
+        for (int64_t t = 0; t < chunk.taps; ++t) {
+          const int64_t n = min64(kGather, chunk.channels - c);
+          pack_row<kParts>(gather(weight(m, c, t), g.stride_c, n, buffer), n,
+                           to + m * chunk.terms + t * chunk.tap_terms + c, part, watch);
+        }
+  }
   for (int64_t m = 0; m < count; ++m) {
     uint16_t* const row = to + m * chunk.terms;
-    for (int64_t c = 0; c < chunk.channels; c += kGather) {
-      const int64_t n = min64(kGather, chunk.channels - c);
-      for (int64_t t = 0; t < chunk.taps; ++t) {
-        const T* const from =
-            g.weight + (m0 + m) * g.stride_m + (chunk.c0 + c) * g.stride_c + g.taps[chunk.t0 + t].weight;
-        pack_row<kParts>(gather(from, g.stride_c, n, buffer), n, row + t * chunk.tap_terms + c, part, watch);
-      }
-    }
     if (chunk.tap_terms > chunk.channels)
       for (int64_t t = 0; t < chunk.taps; ++t) zero_parts<kParts>(row + t * chunk.tap_terms + chunk.channels, part, 1);
     zero_parts<kParts>(row + chunk.filled, part, chunk.terms - chunk.filled);
@@ -204,17 +221,10 @@ void fill_strip_nchw(const Problem<T>& g, const Run& front, const Run& back, con
         for (int64_t c = 0; c < chunk.channels; c += 2, from += 2 * g.in.c, to += 2 * plane) {
           const bool two = c + 1 < chunk.channels;
           if (first > 0) zero_parts<kParts>(to, strip.part, 2 * first);
-          if (l.isw == 1) {
-            pack_pairs<kParts>(from + first, two ? from + first + g.in.c : nullptr, last - first, to + 2 * first,
-                               strip.part, watch);
-          } else {
-            T even[kGather], odd[kGather];
-            for (int64_t j = first; j < last; j += kGather) {
-              const int64_t count = min64(kGather, last - j);
-              const T* const at = from + j * l.isw;
-              pack_pairs<kParts>(gather(at, l.isw, count, even), two ? gather(at + g.in.c, l.isw, count, odd) : nullptr,
-                                 count, to + 2 * j, strip.part, watch);
-            }
+          for (int64_t j = first; j < last; j += l.isw == 1 ? last : kMostStrided) {
+            const int64_t count = l.isw == 1 ? last - j : min64(kMostStrided, last - j);
+            const T* const at = from + j * l.isw;
+            pack_strided_pairs<kParts>(at, two ? at + g.in.c : nullptr, l.isw, count, to + 2 * j, strip.part, watch);
           }
           if (last < strip.columns) zero_parts<kParts>(to + 2 * last, strip.part, 2 * (strip.columns - last));
         }
@@ -481,7 +491,6 @@ void pack_pixels_nchw(const Problem<T>& g, const Run* runs, const int64_t* strip
                       int64_t pixels, const Chunk& chunk, const Strip* strip, uint16_t* packed, int64_t part,
                       Watch& watch) {
   const int64_t step = g.lattice.isw;
-  T even_buffer[kDotColumns], odd_buffer[kDotColumns];
   for (int64_t r = 0; r < run_count; ++r) {
     const Run& run = runs[r];
     const int64_t at = run.dst / kDotColumns * kDotColumns;
@@ -513,8 +522,8 @@ void pack_pixels_nchw(const Problem<T>& g, const Run* runs, const int64_t* strip
           zero_parts<kParts>(to, part, 2 * valid.first);
           zero_parts<kParts>(to + 2 * valid.last, part, 2 * (all - valid.last));
         }
-        const T* const odd = c + 1 < chunk.channels ? gather(from + g.in.c, step, n, odd_buffer) : nullptr;
-        pack_pairs<kParts>(gather(from, step, n, even_buffer), odd, n, to + 2 * valid.first, part, watch);
+        pack_strided_pairs<kParts>(from, c + 1 < chunk.channels ? from + g.in.c : nullptr, step, n,
+                                   to + 2 * valid.first, part, watch);
       }
     }
     for (int64_t term = chunk.filled; term < chunk.terms; term += 2)
@@ -549,7 +558,7 @@ void compute_block(const Problem<T>& g, const DotPanels& panels, const uint16_t*
   Run runs[kBlockPixels], out_runs[kBlockPixels];
   int64_t strip_rows[kBlockPixels], to[kBlockPixels];
   const int64_t run_count = find_runs(l.rows, l.columns, begin, pixels, nchw ? kDotColumns : pixels, runs);
-  const int64_t out_run_count = find_targets(g.out, begin, pixels, nchw ? kDotColumns : pixels, out_runs, to);
+  const int64_t out_run_count = find_targets(g.out, begin, pixels, out_runs, to);
   const Strip* const strip = needs_strip(g) ? &work.strip : nullptr;
   VectorSources sources;
   if (strip) place_runs(g, runs, run_count, strip_rows);
@@ -583,21 +592,15 @@ void compute_block(const Problem<T>& g, const DotPanels& panels, const uint16_t*
         pack_vectors_nchw<kParts>(g, sources, pixels, chunk, *strip, work.pixels, part);
       else
         pack_pixels_nchw<kParts>(g, runs, strip_rows, run_count, pixels, chunk, strip, work.pixels, part, watch);
-      int64_t first_run = 0;
       for (int64_t at = 0; at < pixels; at += kDotColumns) {
         const int64_t width = min64(kDotColumns, round_up(pixels - at, kDotLanes));
-        int64_t last_run = first_run;
-        while (last_run < out_run_count && out_runs[last_run].dst < at + width) ++last_run;
-        for (int64_t m = m0; m < m1; m += kDotRows) {
-          const int64_t rows = min64(kDotRows, m1 - m), ldc = only ? width : pitch;
-          float* const sums = only ? work.sums : work.sums + (m - m0) * pitch + at;
-          dot_tile<kProducts>(static_cast<int>(rows), static_cast<int>(width / kDotLanes),
+        for (int64_t m = m0; m < m1; m += kDotRows)
+          dot_tile<kProducts>(static_cast<int>(min64(kDotRows, m1 - m)), static_cast<int>(width / kDotLanes),
                               {weights.data + (m - m0) * terms, weights.part}, terms, {work.pixels + at * terms, part},
-                              width, terms, sums, ldc, add);
-          if (last) finish_channels(g.out, out_runs + first_run, last_run - first_run, to, at, m, rows, sums, ldc);
-        }
-        first_run = last_run;
+                              width, terms, work.sums + (m - m0) * pitch + at, pitch, add);
       }
+      // Not tile by tile: a channel's pixels are written in runs as long as the block.
+      if (last) finish_channels(g.out, out_runs, out_run_count, to, m0, m1 - m0, work.sums, pitch);
     } else {
       const bool in_place = reads_in_place(g);
       if (in_place)
@@ -680,7 +683,7 @@ bool run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
   const DotPanels panels(!nchw, g.out_channels);
   const int64_t pixels = g.pixels();
   const int64_t grain = nchw ? kDotColumns : kDotRows;
-  int64_t block_pixels = even_block(pixels, kBlockPixels, grain);
+  int64_t block_pixels = even_block(pixels, nchw && g.chunks() == 1 ? kShortBlockPixels : kBlockPixels, grain);
   int64_t pixel_blocks = ceil_div(pixels, block_pixels);
   int64_t filter_blocks = ceil_div(g.out_channels, kBlockFilters);
   while (pixel_blocks * filter_blocks * p.groups < kWantedTasks &&

@@ -63,6 +63,9 @@ template <int kRows, int kVecs, class Row>
 void dot_registers(const Row& row, int64_t runs, const PairBits* b, int64_t width, int64_t pairs, float* c, int64_t ldc,
                    bool add) {
   __m512 sum[kRows][kVecs] = {};
+  if (add)
+    for (int i = 0; i < kRows; ++i)
+      for (int v = 0; v < kVecs; ++v) __builtin_prefetch(c + i * ldc + v * kDotLanes, 1);
   for (int64_t run = 0; run < runs; ++run) {
     const PairBits* a[kRows];
 #pragma GCC unroll 8

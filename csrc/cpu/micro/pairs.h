@@ -88,6 +88,27 @@ template <int kParts, class T>
   }
 }
 
+// n numbers `step` apart, as neighbours: where they are, or in `buffer`.
+template <class T>
+[[gnu::always_inline]] inline const T* gather(const T* from, int64_t step, int64_t n, T* buffer) {
+  if (step == 1) return from;
+  int64_t i = 0;
+#if CNNOPS_ISA_avx512
+  if constexpr (sizeof(T) == 2) {
+    if (step == 2) {
+      for (; i < n; i += lanes<float>) {  // the lower halves of pairs
+        const int64_t count = min64(n - i, lanes<float>);
+        const __m512i both = _mm512_maskz_loadu_epi16(0x55555555u >> (2 * (lanes<float> - count)), from + 2 * i);
+        _mm256_mask_storeu_epi16(buffer + i, (1u << count) - 1, _mm512_cvtepi32_epi16(both));
+      }
+      return buffer;
+    }
+  }
+#endif
+  for (; i < n; ++i) buffer[i] = from[i * step];
+  return buffer;
+}
+
 // Two rows of n numbers side by side: to[2 * j] = even[j], to[2 * j + 1] = odd[j]. `odd` may be null: zeros.
 template <int kParts, class T>
 [[gnu::always_inline]] inline void pack_pairs(const T* even, const T* odd, int64_t n, uint16_t* to, int64_t part,
@@ -101,6 +122,30 @@ template <int kParts, class T>
     for (int i = 0; i < kParts; ++i)
       store_n(reinterpret_cast<float*>(to + i * part + 2 * j), reinterpret_cast<f32v>(low[i] | high[i] << 16), count);
   }
+}
+
+// The same of numbers `step` apart in their rows, n <= kMostStrided.
+constexpr int64_t kMostStrided = 64;
+template <int kParts, class T>
+[[gnu::always_inline]] inline void pack_strided_pairs(const T* even, const T* odd, int64_t step, int64_t n,
+                                                      uint16_t* to, int64_t part, Watch& watch) {
+#if CNNOPS_ISA_avx512
+  if constexpr (sizeof(T) == 2) {
+    if (step == 2) {
+      for (int64_t j = 0; j < n; j += lanes<float>) {
+        const int64_t count = min64(n - j, lanes<float>);
+        const __mmask32 wanted = 0x55555555u >> (2 * (lanes<float> - count));
+        __m512i pairs = _mm512_maskz_loadu_epi16(wanted, even + 2 * j);
+        if (odd) pairs = _mm512_or_si512(pairs, _mm512_slli_epi32(_mm512_maskz_loadu_epi16(wanted, odd + 2 * j), 16));
+        _mm512_mask_storeu_epi32(to + 2 * j, static_cast<__mmask16>((1u << count) - 1), pairs);
+      }
+      return;
+    }
+  }
+#endif
+  T even_row[kMostStrided], odd_row[kMostStrided];
+  pack_pairs<kParts>(gather(even, step, n, even_row), odd ? gather(odd, step, n, odd_row) : nullptr, n, to, part,
+                     watch);
 }
 
 // to[t][i] = from[i][t] for pairs of numbers, i < rows, t < pairs; pitches in pairs. Turns rows into a panel and back.
@@ -119,24 +164,6 @@ inline void transpose_pairs(const uint16_t* from, int64_t from_pitch, int64_t ro
       for (int64_t k = 0; k < width; ++k)
         for (int64_t l = 0; l < height; ++l) out[(t + k) * to_pitch + i + l] = in[(i + l) * from_pitch + t + k];
     }
-}
-
-// n numbers `step` apart, as neighbours: where they are, or in `buffer`.
-template <class T>
-[[gnu::always_inline]] inline const T* gather(const T* from, int64_t step, int64_t n, T* buffer) {
-  if (step == 1) return from;
-  int64_t i = 0;
-  if constexpr (sizeof(T) == 2) {
-    // Pairs of which the lower is wanted; the last one's upper half may lie outside of the tensor.
-    typedef u32v Both __attribute__((may_alias));
-    typedef u16v Row __attribute__((may_alias));
-    if (step == 2)
-      for (; i + lanes<float> < n; i += lanes<float>)
-        *reinterpret_cast<Row*>(buffer + i) =
-            __builtin_convertvector(*reinterpret_cast<const Both*>(from + 2 * i), u16v);
-  }
-  for (; i < n; ++i) buffer[i] = from[i * step];
-  return buffer;
 }
 
 }  // namespace

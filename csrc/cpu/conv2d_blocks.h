@@ -77,22 +77,25 @@ void finish_row(const compute_t<T>* sums, int64_t n, compute_t<T> bias, const T*
   }
 }
 
-// Where pixels [begin, begin + pixels) go: to[i] is the offset of the block's pixel i, and pixels of a run are `lattice.osw` pixels
-// apart. Returns the number of runs.
+// The runs of pixels [begin, begin + pixels) in the output; a plane without gaps counts as one row. Returns their number.
 template <class T>
-int64_t find_targets(const Output<T>& g, int64_t begin, int64_t pixels, Run* runs, int64_t* to) {
+int64_t find_output_runs(const Output<T>& g, int64_t begin, int64_t pixels, Run* runs) {
   const Lattice& l = g.lattice;
-  const bool whole_planes = l.osh == 1 && l.osw == 1 &&
-                            l.columns * l.rows * g.strides.w == (g.layout == Layout::nchw ? g.strides.c : g.strides.n);
-  const int64_t rows = whole_planes ? 1 : l.rows, columns = whole_planes ? l.rows * l.columns : l.columns;
-  const int64_t run_count = find_runs(rows, columns, begin, pixels, pixels, runs);
+  const bool whole_planes = l.osh == 1 && l.osw == 1 && l.columns * l.rows * g.strides.w == g.strides.c;
+  return find_runs(whole_planes ? 1 : l.rows, whole_planes ? l.rows * l.columns : l.columns, begin, pixels, pixels,
+                   runs);
+}
+
+// Where the pixels of these runs go: to[i] is the offset of the block's pixel i.
+template <class T>
+void find_targets(const Output<T>& g, const Run* runs, int64_t run_count, int64_t* to) {
+  const Lattice& l = g.lattice;
   for (int64_t r = 0; r < run_count; ++r) {
     const Run& run = runs[r];
     const int64_t at =
         run.n * g.strides.n + (l.oh0 + run.i * l.osh) * g.strides.h + (l.ow0 + run.j * l.osw) * g.strides.w;
     for (int64_t j = 0; j < run.length; ++j) to[run.dst + j] = at + j * l.osw * g.strides.w;
   }
-  return run_count;
 }
 
 // NCHW: channels [m, m + channels) of the pixels of these runs; sums: [channel][pitch].

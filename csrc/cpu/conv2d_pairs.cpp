@@ -376,20 +376,52 @@ void pack_pixels_nhwc(const Problem<T>& g, const Run* runs, const int64_t* strip
   }
 }
 
-// channels_last, no splitting, rows anywhere: where the channels of each tap's pixel lie; outside of the image, at `zeros`.
+// Whether the pixels of a block are ordered (row, column, image): then those of a tile see the same taps, and taps that see
+// nothing but padding are left out: 18% of a 3x3 filter's work on images of 7x7 pixels, 5% at 28x28.
 template <class T>
-void find_pixels(const Problem<T>& g, const Run* runs, int64_t run_count, const Chunk& chunk, const uint16_t* zeros,
-                 const uint16_t** pieces) {
-  for (int64_t t = 0; t < chunk.taps; ++t, pieces += kBlockPixels) {
+bool images_innermost(const Problem<T>& g) {
+  constexpr int64_t kMostPixels = 28 * 28;
+  return reads_in_place(g) && g.lattice.count > 1 && g.images >= kDotRows &&
+         g.lattice.rows * g.lattice.columns <= kMostPixels;
+}
+
+template <class T>
+int64_t find_block_runs(const Problem<T>& g, int64_t begin, int64_t pixels, Run* runs) {
+  const Lattice& l = g.lattice;
+  if (!images_innermost(g))
+    return find_runs(l.rows, l.columns, begin, pixels, g.layout == Layout::nchw ? kDotColumns : pixels, runs);
+  int64_t n = begin % g.images, i = begin / g.images / l.columns, j = begin / g.images % l.columns;
+  for (int64_t at = 0; at < pixels; ++at) {
+    runs[at] = {n, i, j, 1, at};
+    if (++n < g.images) continue;
+    n = 0;
+    if (++j < l.columns) continue;
+    j = 0, ++i;
+  }
+  return pixels;
+}
+
+// channels_last, no splitting, rows anywhere: where the channels of each tap's pixel lie; outside of the image, at `zeros`. Notes
+// the tiles that have nothing but zeros of a tap.
+template <class T>
+void find_pixels(const Problem<T>& g, const Run* runs, int64_t run_count, int64_t pixels, const Chunk& chunk,
+                 const uint16_t* zeros, const uint16_t** pieces, uint8_t* zero_tiles) {
+  const int64_t step = g.lattice.isw;
+  for (int64_t t = 0; t < chunk.taps; ++t, pieces += kBlockPixels, zero_tiles += kBlockPixels / kDotRows) {
     const Tap& tap = g.taps[chunk.t0 + t];
     for (int64_t r = 0; r < run_count; ++r) {
       const Run& run = runs[r];
-      const int64_t h = run.i * g.lattice.ish + tap.dh, w = run.j * g.lattice.isw + tap.dw;
-      Range valid = valid_range(run.length, g.lattice.isw, w, g.in_w);
-      if (h < 0 || h >= g.in_h) valid = {0, 0};
+      const int64_t h = run.i * g.lattice.ish + tap.dh;
+      const bool inside = h >= 0 && h < g.in_h;
       const auto* const from = reinterpret_cast<const uint16_t*>(g.input + run.n * g.in.n + h * g.in.h + chunk.c0);
-      for (int64_t j = 0; j < run.length; ++j)
-        pieces[run.dst + j] = j >= valid.first && j < valid.last ? from + (w + j * g.lattice.isw) * g.in.w : zeros;
+      int64_t w = run.j * step + tap.dw;
+      for (int64_t j = 0; j < run.length; ++j, w += step)
+        pieces[run.dst + j] = inside && w >= 0 && w < g.in_w ? from + w * g.in.w : zeros;
+    }
+    for (int64_t at = 0; at < pixels; at += kDotRows) {
+      bool zero = true;
+      for (int64_t i = at; i < min64(at + kDotRows, pixels); ++i) zero = zero && pieces[i] == zeros;
+      zero_tiles[at / kDotRows] = zero;
     }
   }
 }
@@ -535,10 +567,11 @@ void pack_pixels_nchw(const Problem<T>& g, const Run* runs, const int64_t* strip
 
 struct Workspace {
   uint16_t* pixels;
-  uint16_t* weights;  // of a block and a chunk, where they are not shared
-  uint16_t* rows;     // of a panel of weights, before it is turned
-  uint16_t* zeros;    // a group of channels
-  const uint16_t** pieces;
+  uint16_t* weights;        // of a block and a chunk, where they are not shared
+  uint16_t* rows;           // of a panel of weights, before it is turned
+  uint16_t* zeros;          // a group of channels
+  const uint16_t** pieces;  // [tap][kBlockPixels]
+  uint8_t* zero_tiles;      // [tap][kBlockPixels / kDotRows]
   Strip strip;
   float* sums;
 };
@@ -551,14 +584,14 @@ void compute_block(const Problem<T>& g, const DotPanels& panels, const uint16_t*
                    bool& unfit) {
   constexpr int kParts = parts_for(kProducts);
   const bool nchw = g.layout == Layout::nchw;
-  const Lattice& l = g.lattice;
   const int64_t m0 = panels.begin(first_panel), m1 = min64(panels.begin(last_panel), g.out_channels);
   const int64_t block_channels = panels.begin(last_panel) - m0;
   const int64_t pitch = nchw ? round_up(pixels, kDotLanes) : block_channels;
   Run runs[kBlockPixels], out_runs[kBlockPixels];
   int64_t strip_rows[kBlockPixels], to[kBlockPixels];
-  const int64_t run_count = find_runs(l.rows, l.columns, begin, pixels, nchw ? kDotColumns : pixels, runs);
-  const int64_t out_run_count = find_targets(g.out, begin, pixels, out_runs, to);
+  const int64_t run_count = find_block_runs(g, begin, pixels, runs);
+  const int64_t out_run_count = nchw ? find_output_runs(g.out, begin, pixels, out_runs) : 0;
+  find_targets(g.out, nchw ? out_runs : runs, nchw ? out_run_count : run_count, to);
   const Strip* const strip = needs_strip(g) ? &work.strip : nullptr;
   VectorSources sources;
   if (strip) place_runs(g, runs, run_count, strip_rows);
@@ -604,7 +637,7 @@ void compute_block(const Problem<T>& g, const DotPanels& panels, const uint16_t*
     } else {
       const bool in_place = reads_in_place(g);
       if (in_place)
-        find_pixels(g, runs, run_count, chunk, work.zeros, work.pieces);
+        find_pixels(g, runs, run_count, pixels, chunk, work.zeros, work.pieces, work.zero_tiles);
       else
         pack_pixels_nhwc<kParts>(g, runs, strip_rows, run_count, chunk, strip, work.pixels, part, watch);
       const auto tile = [&](int64_t panel, int64_t at) {
@@ -618,7 +651,8 @@ void compute_block(const Problem<T>& g, const DotPanels& panels, const uint16_t*
             for (int64_t j = 0; j < filled; j += kLine / static_cast<int64_t>(sizeof(T)))
               __builtin_prefetch(g.out.data + to[at + i] + m + j, 1);
         if (in_place)
-          dot_tile_of_pieces(static_cast<int>(rows), vecs, work.pieces + at, kBlockPixels, chunk.taps, columns, width,
+          dot_tile_of_pieces(static_cast<int>(rows), vecs, work.pieces + at, kBlockPixels,
+                             work.zero_tiles + at / kDotRows, kBlockPixels / kDotRows, chunk.taps, columns, width,
                              chunk.channels, sums, ldc, add);
         else
           dot_tile<kProducts>(static_cast<int>(rows), vecs, {work.pixels + at * terms, part}, terms,
@@ -709,9 +743,11 @@ bool run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
     uint16_t* const rows = arena.take<uint16_t>(nchw ? 0 : kParts * kDotColumns * chunk_terms);
     uint16_t* const zeros = arena.take<uint16_t>(in_place ? g.group_channels : 0);
     const auto pieces = arena.take<const uint16_t*>(in_place ? kBlockPixels * chunk_taps : 0);
+    const auto zero_tiles = arena.take<uint8_t>(in_place ? kBlockPixels / kDotRows * chunk_taps : 0);
     uint16_t* const strip = arena.take<uint16_t>(kParts * strip_part);
     float* const sums = arena.take<float>(block_pixels * block_channels);
-    if (work) *work = {pixel_data, weights, rows, zeros, pieces, Strip{strip, strip_part, 0, 0, 0, 0, 0}, sums};
+    if (work)
+      *work = {pixel_data, weights, rows, zeros, pieces, zero_tiles, Strip{strip, strip_part, 0, 0, 0, 0, 0}, sums};
     return arena.used;
   };
   const ScratchPieces pieces(p.threads, lay_out(Arena{nullptr}, nullptr));

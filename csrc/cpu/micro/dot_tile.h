@@ -58,7 +58,8 @@ typedef uint32_t PairBits __attribute__((may_alias));
 
 struct DotUnit {};  // nothing to set up
 
-// row(run, i) is where a run of row i begins; `runs` of them, each of `pairs` pairs, make a row.
+// row(run, i) is where a run of row i begins; `runs` of them, each of `pairs` pairs, make a row. Those that row.skip(run) names
+// are zeros.
 template <int kRows, int kVecs, class Row>
 void dot_registers(const Row& row, int64_t runs, const PairBits* b, int64_t width, int64_t pairs, float* c, int64_t ldc,
                    bool add) {
@@ -67,6 +68,10 @@ void dot_registers(const Row& row, int64_t runs, const PairBits* b, int64_t widt
     for (int i = 0; i < kRows; ++i)
       for (int v = 0; v < kVecs; ++v) __builtin_prefetch(c + i * ldc + v * kDotLanes, 1);
   for (int64_t run = 0; run < runs; ++run) {
+    if (row.skip(run)) {
+      b += pairs * width;
+      continue;
+    }
     const PairBits* a[kRows];
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) a[i] = row(run, i);
@@ -113,24 +118,39 @@ void dot_select(int rows, int vecs, const Row& row, int64_t runs, const PairBits
 #undef CNNOPS_TILE
 }
 
+struct EvenRows {
+  const PairBits* a;
+  int64_t pitch;
+  const PairBits* operator()(int64_t, int64_t i) const { return a + i * pitch; }
+  bool skip(int64_t) const { return false; }
+};
+struct RowsOfPieces {
+  const uint16_t* const* pieces;
+  int64_t pitch;
+  const uint8_t* zero;
+  int64_t zero_pitch;
+  const PairBits* operator()(int64_t run, int64_t i) const {
+    return reinterpret_cast<const PairBits*>(pieces[run * pitch + i]);
+  }
+  bool skip(int64_t run) const { return zero[run * zero_pitch]; }
+};
+
 // The tile for rows <= kDotRows and vecs <= kDotVecs; `width` columns from pair to pair of b, `terms` a multiple of kDotGrain.
 template <int kProducts>
 void dot_tile(int rows, int vecs, DotOperand a, int64_t a_pitch, DotOperand b, int64_t width, int64_t terms, float* c,
               int64_t ldc, bool add) {
   static_assert(kProducts == 1);
-  const auto* const pairs = reinterpret_cast<const PairBits*>(a.data);
-  const int64_t pitch = a_pitch / 2;
-  dot_select(
-      rows, vecs, [=](int64_t, int64_t i) { return pairs + i * pitch; }, 1, reinterpret_cast<const PairBits*>(b.data),
-      width, terms / 2, c, ldc, add);
+  dot_select(rows, vecs, EvenRows{reinterpret_cast<const PairBits*>(a.data), a_pitch / 2}, 1,
+             reinterpret_cast<const PairBits*>(b.data), width, terms / 2, c, ldc, add);
 }
 
-// The same with rows in pieces that lie anywhere: `runs` of them, of `terms` terms each, of row i at a[run * a_pitch + i].
-void dot_tile_of_pieces(int rows, int vecs, const uint16_t* const* a, int64_t a_pitch, int64_t runs, const uint16_t* b,
-                        int64_t width, int64_t terms, float* c, int64_t ldc, bool add) {
-  dot_select(
-      rows, vecs, [=](int64_t run, int64_t i) { return reinterpret_cast<const PairBits*>(a[run * a_pitch + i]); }, runs,
-      reinterpret_cast<const PairBits*>(b), width, terms / 2, c, ldc, add);
+// The same with rows in pieces that lie anywhere: `runs` of them, of `terms` terms each, of row i at a[run * a_pitch + i]. Where
+// zero[run * zero_pitch] is set, all rows' are zeros.
+void dot_tile_of_pieces(int rows, int vecs, const uint16_t* const* a, int64_t a_pitch, const uint8_t* zero,
+                        int64_t zero_pitch, int64_t runs, const uint16_t* b, int64_t width, int64_t terms, float* c,
+                        int64_t ldc, bool add) {
+  dot_select(rows, vecs, RowsOfPieces{a, a_pitch, zero, zero_pitch}, runs, reinterpret_cast<const PairBits*>(b), width,
+             terms / 2, c, ldc, add);
 }
 
 #else  // tiles
@@ -206,8 +226,8 @@ void dot_tile(int rows, int vecs, DotOperand a, int64_t a_pitch, DotOperand b, i
 }
 
 // A tile's rows lie at even distances.
-void dot_tile_of_pieces(int, int, const uint16_t* const*, int64_t, int64_t, const uint16_t*, int64_t, int64_t, float*,
-                        int64_t, bool) {
+void dot_tile_of_pieces(int, int, const uint16_t* const*, int64_t, const uint8_t*, int64_t, int64_t, const uint16_t*,
+                        int64_t, int64_t, float*, int64_t, bool) {
   __builtin_unreachable();
 }
 

@@ -84,27 +84,32 @@ struct Task {
   // Runs of x as rows.
   void pack_terms_nchw(int64_t count, int64_t pitch, int64_t part) {
     T buffer[dot_chunk(1)];
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t c = (row0 + i) / g.taps, tap = (row0 + i) % g.taps;
+    const int64_t width = g.image_rows == p.p ? p.w : p.h * p.w;
+    for (int64_t tap = 0; tap < g.taps; ++tap) {
       const int64_t dh = tap / p.s * p.dilation_h - p.pad_h, dw = tap % p.s * p.dilation_w - p.pad_w;
-      uint16_t* const row = work.a + i * pitch;
+      const int64_t c0 = ceil_div(max64(row0 - tap, 0), g.taps), c1 = ceil_div(max64(row0 + rows - tap, 0), g.taps);
       for (int64_t r = 0; r < run_count; ++r) {
         const Run& run = runs[r];
         const int64_t h = run.i * p.stride_h + dh, w = run.j * p.stride_w + dw;
-        const int64_t width = g.image_rows == p.p ? p.w : p.h * p.w;
         Range valid = valid_range(run.length, p.stride_w, w, width);
         if (h < 0 || h >= p.h) valid = {0, 0};
-        uint16_t* const to = row + run.dst;
-        if (valid.last - valid.first < run.length) {
-          zero_parts<kParts>(to, part, valid.first);
-          zero_parts<kParts>(to + valid.last, part, run.length - valid.last);
-        }
         const int64_t n = valid.last - valid.first;
-        const T* const from = x + run.n * in.n + c * in.c + h * in.h + w + valid.first * p.stride_w;
-        pack_row<kParts>(gather(from, p.stride_w, n, buffer), n, to + valid.first, part, watch);
+        const T* from = x + run.n * in.n + c0 * in.c + h * in.h + w + valid.first * p.stride_w;
+        uint16_t* to = work.a + (c0 * g.taps + tap - row0) * pitch + run.dst;
+        for (int64_t c = c0; c < c1; ++c, from += in.c, to += g.taps * pitch) {
+          if (n < run.length) {
+            zero_parts<kParts>(to, part, valid.first);
+            zero_parts<kParts>(to + valid.last, part, run.length - valid.last);
+          }
+          if (sizeof(T) == 2 && p.stride_w > 1)  // nothing to split: these are the bits
+            gather(from, p.stride_w, n, reinterpret_cast<T*>(to + valid.first));
+          else
+            pack_row<kParts>(gather(from, p.stride_w, n, buffer), n, to + valid.first, part, watch);
+        }
       }
-      zero_parts<kParts>(row + count, part, pitch - count);
     }
+    if (count < pitch)
+      for (int64_t i = 0; i < rows; ++i) zero_parts<kParts>(work.a + i * pitch + count, part, pitch - count);
   }
 
   // dy as rows of pixels, turned into panels of filters.
@@ -165,33 +170,44 @@ struct Task {
       }
     const int64_t image_width = g.image_rows == p.p ? p.w : p.h * p.w;
     T buffer[2][kDotColumns];
-    for (int64_t j = 0; j < columns;) {  // pieces within a run of memory and a panel
-      const int64_t term = column0 + j, run = term / length, e = term % length;
-      const int64_t n = min64(min64(length - e, columns - j), kDotColumns - j % kDotColumns);
-      const int64_t tap = run * together;
+    const T* inside[dot_chunk(1)];  // where a pixel's run of terms lies, if all of it lies in the image
+    for (int64_t j = 0; j < columns;) {
+      const int64_t run = (column0 + j) / length, run_end = min64((run + 1) * length - column0, columns);
+      const int64_t tap = run * together, begin = run * length - column0;
       const int64_t dh = tap / p.s * p.dilation_h - p.pad_h, dw = tap % p.s * p.dilation_w - p.pad_w;
-      const auto fetch = [&](int64_t i, T* space) -> const T* {
+      for (int64_t i = 0; i < count; ++i) {
         const int64_t h = top[i] + dh, w = left[i] + dw;
-        const T* const from = x + image[i] + h * in.h + w * in.w + e;
-        const bool inside = h >= 0 && h < p.h;
-        if (inside && w >= 0 && w + together <= image_width) return from;
-        // Elements [first, last) of the piece lie in the image.
-        const int64_t first = min64(max64(-w * g.group_c - e, 0), n);
-        const int64_t last = inside ? max64(min64((image_width - w) * g.group_c - e, n), first) : first;
-        const T zero{};
-        for (int64_t l = 0; l < n; ++l) space[l] = l >= first && l < last ? from[l] : zero;
-        return space;
-      };
-      const int64_t panel = j / kDotColumns * kDotColumns, width = panel_width(panel);
-      uint16_t* to = work.b + panel * pitch + (j - panel) * 2;
-      for (int64_t i = 0; i < pitch; i += 2, to += 2 * width) {
-        if (i < count)
-          pack_pairs<kParts>(fetch(i, buffer[0]), i + 1 < count ? fetch(i + 1, buffer[1]) : nullptr, n, to, part,
-                             watch);
-        else
-          zero_parts<kParts>(to, part, 2 * n);
+        const bool whole = h >= 0 && h < p.h && w >= 0 && w + together <= image_width;
+        inside[i] = whole ? x + image[i] + h * in.h + w * in.w : nullptr;
       }
-      j += n;
+      while (j < run_end) {  // pieces within a panel
+        const int64_t n = min64(run_end - j, kDotColumns - j % kDotColumns), e = j - begin;
+        const auto fetch = [&](int64_t i, T* space) -> const T* {
+          if (inside[i]) return inside[i] + e;
+          const int64_t h = top[i] + dh, w = left[i] + dw;
+          const T* const from = x + image[i] + h * in.h + w * in.w + e;
+          // Elements [first, last) of the piece lie in the image.
+          const int64_t first = min64(max64(-w * g.group_c - e, 0), n);
+          const int64_t last = h >= 0 && h < p.h ? max64(min64((image_width - w) * g.group_c - e, n), first) : first;
+          const T zero{};
+          for (int64_t l = 0; l < n; ++l) space[l] = l >= first && l < last ? from[l] : zero;
+          return space;
+        };
+        const int64_t panel = j / kDotColumns * kDotColumns, width = panel_width(panel);
+        uint16_t* to = work.b + panel * pitch + (j - panel) * 2;
+        int64_t i = 0;
+        if (n == kDotColumns)  // the same, but of a length that is known
+          for (; i + 2 <= count; i += 2, to += 2 * width)
+            pack_pairs<kParts>(fetch(i, buffer[0]), fetch(i + 1, buffer[1]), kDotColumns, to, part, watch);
+        for (; i < pitch; i += 2, to += 2 * width) {
+          if (i < count)
+            pack_pairs<kParts>(fetch(i, buffer[0]), i + 1 < count ? fetch(i + 1, buffer[1]) : nullptr, n, to, part,
+                               watch);
+          else
+            zero_parts<kParts>(to, part, 2 * n);
+        }
+        j += n;
+      }
     }
     const int64_t panel = (columns - 1) / kDotColumns * kDotColumns, width = panel_width(panel);
     for (int64_t i = 0; i < pitch && columns < panel + width; i += 2)

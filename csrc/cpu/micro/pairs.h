@@ -67,7 +67,12 @@ void zero_parts(uint16_t* to, int64_t part, int64_t n) {
 template <int kParts, class T>
 [[gnu::always_inline]] inline void pack_row(const T* from, int64_t n, uint16_t* to, int64_t part, Watch& watch) {
   typedef u16v Row __attribute__((may_alias));
-  for (int64_t i = 0; i < n; i += lanes<float>) {
+  int64_t i = 0;
+#if CNNOPS_ISA_avx512
+  if constexpr (sizeof(T) == 2)
+    for (; i + 2 * lanes<float> <= n; i += 2 * lanes<float>) _mm512_storeu_si512(to + i, _mm512_loadu_si512(from + i));
+#endif
+  for (; i < n; i += lanes<float>) {
     const int count = static_cast<int>(min64(n - i, lanes<float>));
     u32v parts[kParts];
     split_n<kParts>(from + i, count, parts, watch);
@@ -113,15 +118,17 @@ template <class T>
 template <int kParts, class T>
 [[gnu::always_inline]] inline void pack_pairs(const T* even, const T* odd, int64_t n, uint16_t* to, int64_t part,
                                               Watch& watch) {
-  for (int64_t j = 0; j < n; j += lanes<float>) {
-    const int count = static_cast<int>(min64(n - j, lanes<float>));
+  const auto some = [&](int64_t j, int count) __attribute__((always_inline)) {
     u32v low[kParts], high[kParts] = {};
     split_n<kParts>(even + j, count, low, watch);
     if (odd) split_n<kParts>(odd + j, count, high, watch);
 #pragma GCC unroll 3
     for (int i = 0; i < kParts; ++i)
       store_n(reinterpret_cast<float*>(to + i * part + 2 * j), reinterpret_cast<f32v>(low[i] | high[i] << 16), count);
-  }
+  };
+  int64_t j = 0;
+  for (; j + lanes<float> <= n; j += lanes<float>) some(j, lanes<float>);
+  if (j < n) some(j, static_cast<int>(n - j));
 }
 
 // The same of numbers `step` apart in their rows, n <= kMostStrided.

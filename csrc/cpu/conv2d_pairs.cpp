@@ -7,8 +7,8 @@
 // and the packed weights, adding to a float32 block that also fits L2.
 //   NCHW           rows = output channels (weights), columns = pixels: two channels' pixels side by side make pairs
 //   channels_last  rows = pixels, columns = output channels (weights)
-// bfloat16 pixels in channels_last are rows as they lie, and not packed where the unit reads rows from anywhere. A panel of columns stays in L1 while all rows of the block pass. Weights are packed once per call, or by each task where few
-// share them.
+// bfloat16 pixels in channels_last are rows as they lie, and not packed where the unit reads rows from anywhere. A panel of
+// columns stays in L1 while all rows of the block pass. Weights are packed once per call, or by each task where none share them.
 //
 // float32 that does not split (micro/pairs.h) is found out while packing, and the direct kernel computes the call again. That
 // and all cuts depend on data and shapes alone, so results have the same bits for any number of threads.
@@ -27,7 +27,7 @@ constexpr int64_t kShortBlockPixels = 96;  // NCHW with one chunk: sums go to th
 constexpr int64_t kBlockFilters = 256;     // with kBlockPixels: 196 KB of sums
 constexpr int64_t kMinFilters = 64;        // smaller blocks would pack the same pixels too often
 constexpr int64_t kLine = 64;              // bytes of a cache line
-constexpr int64_t kFewBlocks = 2;          // of pixels: too few to pay for packing all weights to memory
+constexpr int64_t kLeastPixels = 64;       // smaller blocks would read the same weights too often
 static_assert(kBlockPixels % kDotColumns == 0 && kBlockPixels % kDotRows == 0);
 
 // One group of one lattice.
@@ -723,14 +723,14 @@ bool run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
   while (pixel_blocks * filter_blocks * p.groups < kWantedTasks &&
          ceil_div(g.out_channels, filter_blocks + 1) >= kMinFilters)
     ++filter_blocks;
-  while (pixel_blocks * filter_blocks * p.groups < kWantedTasks && block_pixels > grain) {
+  while (pixel_blocks * filter_blocks * p.groups < kWantedTasks && block_pixels >= 2 * kLeastPixels) {
     block_pixels = round_up(block_pixels / 2, grain);
     pixel_blocks = ceil_div(pixels, block_pixels);
   }
   filter_blocks = min64(filter_blocks, panels.count);
 
-  // Weights that few blocks of pixels share are packed by each task, chunk by chunk, and never leave its cache.
-  const bool share = pixel_blocks > kFewBlocks;
+  // Weights that are used once are packed by each task, chunk by chunk, and never leave its cache.
+  const bool share = pixel_blocks > 1;
   const int64_t chunk_size = kParts * panels.channels() * chunk_terms, group_size = chunk_size * g.chunks();
   const Scratch<uint16_t> all_weights(share ? group_size * p.groups : 0);
   const int64_t block_channels = ceil_div(panels.count, filter_blocks) * (nchw ? kDotRows : kDotColumns);

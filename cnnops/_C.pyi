@@ -126,6 +126,7 @@ def conv2d_backward_direct(
     want_dw: bool,
     want_db: bool,
     threads: int,
+    precision: int,
 ) -> Any: ...
 def conv2d_bias_grad(db: Tensor, dy: Tensor, threads: int, kernel: int = -1) -> None: ...
 def conv2d_direct(
@@ -139,6 +140,7 @@ def conv2d_direct(
     activation: int,
     grad: bool,
     threads: int,
+    precision: int,
 ) -> Any: ...
 def conv2d_forward(
     y: Tensor,
@@ -152,6 +154,7 @@ def conv2d_forward(
     groups: int,
     activation: int,
     threads: int,
+    precision: int = 0,
     kernel: int = -1,
 ) -> None: ...
 def conv2d_input_grad(
@@ -164,6 +167,7 @@ def conv2d_input_grad(
     dilation: Sequence[int],
     groups: int,
     threads: int,
+    precision: int = 0,
     kernel: int = -1,
 ) -> None: ...
 def conv2d_weight_grad(
@@ -175,6 +179,7 @@ def conv2d_weight_grad(
     dilation: Sequence[int],
     groups: int,
     threads: int,
+    precision: int = 0,
     kernel: int = -1,
 ) -> None: ...
 def empty(like: object, shape: Sequence[int], code: int, bits: int, channels_last: bool) -> Any: ...

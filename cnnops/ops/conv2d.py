@@ -11,7 +11,7 @@ Padding is four numbers throughout: top, bottom, left, right.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,19 @@ def _format(*images: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+# Precision in the contract. "none" is PyTorch's word for what is not set: full precision.
+_PRECISIONS = {"none": 0, "ieee": 0, "tf32": 1, "bf16": 2}
+_precision_setting: Callable[[str, str], str] | None = getattr(torch._C, "_get_fp32_precision_getter", None)
+
+
+def precision() -> int:
+    """How exact products of float32 numbers must be where bfloat16 instructions compute them.
+
+    PyTorch's own setting for convolutions on CPUs, ``torch.backends.mkldnn.conv.fp32_precision``.
+    """
+    return _PRECISIONS.get(_precision_setting("mkldnn", "conv"), 0) if _precision_setting else 0
+
+
 # ---- y = x * w -------------------------------------------------------------------------------------------------------
 
 
@@ -53,7 +66,7 @@ def _kernel(
         C.conv2d_forward(
             y, dense(x, format), weight, None if bias is None else bias.contiguous(),
             None if residual is None else dense(residual, format), stride, padding[::2], dilation, groups, activation,
-            threads(),
+            threads(), precision(),
         )  # fmt: skip
     return y
 
@@ -105,8 +118,9 @@ class _Direct(torch.autograd.Function):
         if not torch.is_grad_enabled() and direct():
             wants = ctx.needs_input_grad
             made = C.conv2d_backward_direct(
-                dy, *ctx.saved_tensors, *ctx.given, wants[0], wants[1], wants[2] and ctx.has_bias, threads()
-            )
+                dy, *ctx.saved_tensors, *ctx.given, wants[0], wants[1], wants[2] and ctx.has_bias, threads(),
+                precision(),
+            )  # fmt: skip
             if made is not None:
                 return *made, *[None] * 5
         stride, padding, dilation, groups = ctx.given
@@ -145,7 +159,7 @@ def _input_grad_kernel(
     if dx.numel():
         dy = dense(dy, _format(dy, weight))
         bias = None if bias is None else bias.contiguous()
-        C.conv2d_input_grad(dx, dy, weight, bias, stride, padding[::2], dilation, groups, threads())
+        C.conv2d_input_grad(dx, dy, weight, bias, stride, padding[::2], dilation, groups, threads(), precision())
     return dx
 
 
@@ -199,7 +213,9 @@ def _weight_grad_kernel(
     dw = _weight_grad_fake(dy, x, r, s, stride, padding, dilation, groups, channels_last)
     if dw.numel():
         format = _format(x, dy)
-        C.conv2d_weight_grad(dw, dense(dy, format), dense(x, format), stride, padding[::2], dilation, groups, threads())
+        C.conv2d_weight_grad(
+            dw, dense(dy, format), dense(x, format), stride, padding[::2], dilation, groups, threads(), precision()
+        )
     return dw
 
 
@@ -354,7 +370,7 @@ def conv2d(
     act = _activation.index("conv2d", activation) if activation is not None else 0
     if residual is None and direct():
         y = C.conv2d_direct(
-            input, weight, bias, stride, padding, dilation, groups, act, torch.is_grad_enabled(), threads()
+            input, weight, bias, stride, padding, dilation, groups, act, torch.is_grad_enabled(), threads(), precision()
         )
         if y is not None:
             return _apply(input, weight, bias, y, stride, padding, dilation, groups) if type(y) is tuple else y

@@ -6,7 +6,18 @@
 
 namespace cnnops {
 
-enum class Isa : int { reference = -1, baseline = 0, avx2 = 1, avx512 = 2, amx = 3 };
+enum class Isa : int {
+  amx_emulated = -2,
+  reference = -1,
+  baseline = 0,
+  avx2 = 1,
+  avx512 = 2,
+  avx512_bf16 = 3,
+  amx = 4
+};
+
+// Runs anywhere, and only where a row is asked for by its index.
+constexpr bool for_tests(Isa isa) { return isa < Isa::baseline; }
 
 struct IsaLevel {
   Isa isa;

@@ -45,6 +45,19 @@
 #else
 #define CNNOPS_KERNELS_FLOAT_CPU(pass, function, accepts) CNNOPS_KERNELS_FLOAT(pass, baseline, function, accepts)
 #endif
+// A kernel of sources that cmake/cnnops.cmake compiles for the instructions on pairs of bfloat16 numbers alone. The emulated level
+// computes as amx does, in plain loops.
+#if CNNOPS_PAIRS
+#define CNNOPS_KERNELS_PAIRS(pass, function, accepts)      \
+  CNNOPS_KERNEL(pass, amx, f32, function##_f32, accepts)   \
+  CNNOPS_KERNEL(pass, amx, bf16, function##_bf16, accepts) \
+  CNNOPS_KERNEL(pass, avx512_bf16, bf16, function##_bf16, accepts)
+#else
+#define CNNOPS_KERNELS_PAIRS(pass, function, accepts)
+#endif
+#define CNNOPS_KERNELS_EMULATED(pass, function, accepts)          \
+  CNNOPS_KERNEL(pass, amx_emulated, f32, function##_f32, accepts) \
+  CNNOPS_KERNEL(pass, amx_emulated, bf16, function##_bf16, accepts)
 
 namespace cnnops {
 
@@ -66,7 +79,7 @@ bool any(const Params&) {
   return true;
 }
 
-inline bool usable(Isa isa) { return isa == Isa::reference || isa <= isa_limit(); }
+inline bool usable(Isa isa) { return for_tests(isa) || isa <= isa_limit(); }
 
 // What Python is shown of a row.
 struct KernelInfo {
@@ -99,7 +112,7 @@ const KernelRow<Params>& select(std::span<const KernelRow<Params>> table, const 
     return chosen;
   }
   for (const auto& candidate : table)
-    if (candidate.dtype == dtype && std::strcmp(candidate.pass, pass) == 0 && candidate.isa != Isa::reference &&
+    if (candidate.dtype == dtype && std::strcmp(candidate.pass, pass) == 0 && !for_tests(candidate.isa) &&
         usable(candidate.isa) && candidate.accepts(params))
       return candidate;
   throw std::runtime_error(message("no kernel for ", pass, " in ", name(dtype)));
@@ -110,7 +123,7 @@ std::vector<KernelInfo> describe(const char* op, std::span<const KernelRow<Param
   std::vector<KernelInfo> rows;
   for (size_t i = 0; i < table.size(); ++i) {
     const auto& row = table[i];
-    bool selected = row.isa != Isa::reference && usable(row.isa) && row.accepts == &any<Params>;
+    bool selected = !for_tests(row.isa) && usable(row.isa) && row.accepts == &any<Params>;
     for (size_t j = 0; j < i && selected; ++j)
       selected = !(rows[j].selected && rows[j].pass == row.pass && rows[j].dtype == name(row.dtype));
     rows.push_back(

@@ -21,6 +21,10 @@
 
 namespace cnnops {
 
+// How exact products of float32 numbers must be on instructions that multiply bfloat16 ones: as float32, as 16 bits, as 8 bits
+// of significand. Other instructions compute them in float32 always.
+enum class Precision : uint8_t { ieee, tf32, bf16 };
+
 struct Conv2dParams {
   Layout layout;
   int64_t n, c, h, w;
@@ -34,6 +38,7 @@ struct Conv2dParams {
   void* bias;                // [K]; [C] in input_grad; db in bias_grad; may be null
   const void* residual;      // may be null
   Activation activation;
+  Precision precision;
   int threads;
 };
 

@@ -1,8 +1,11 @@
 # The only place with instruction-set and CUDA compile flags.
 #
 #   cnnops_add_module(<target> <sources>...)  the Python extension module
-#   cnnops_add_op(<op> [CPU <names>...]       csrc/ops/<op>.cpp, csrc/reference/<op>.cpp, and csrc/cpu/<name>.cpp once per
-#                 [CUDA <names>...|NO_CUDA])  instruction set, csrc/cuda/<name>.cu (<op> where no names are given)
+#   cnnops_add_op(<op> [CPU <names>...] [PAIRS <names>...] [CUDA <names>...|NO_CUDA])
+#                                             csrc/ops/<op>.cpp, csrc/reference/<op>.cpp, and csrc/cpu/<name>.cpp once per
+#                                             instruction set (<op>.cpp where no names are given); what is under PAIRS once
+#                                             per instruction set with products of pairs of bfloat16 numbers;
+#                                             csrc/cuda/<name>.cu (<op>.cu where no names are given)
 set(CMAKE_CXX_STANDARD 20)
 set(CMAKE_CXX_STANDARD_REQUIRED ON)
 set(CMAKE_CXX_EXTENSIONS ON)
@@ -26,6 +29,22 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   list(APPEND CNNOPS_ISAS avx2 avx512)
   set(CNNOPS_FLAGS_avx2 -mavx2 -mfma -mf16c)
   set(CNNOPS_FLAGS_avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512)
+endif()
+
+# Levels that add products of pairs of bfloat16 numbers: only sources that use them are compiled for these. The emulated one
+# has loops in the place of the matrix unit's instructions: kernels for it are tested on any CPU.
+set(CNNOPS_PAIRS_ISAS amx_emulated)
+set(CNNOPS_FLAGS_amx_emulated "")
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
+  include(CheckCXXCompilerFlag)
+  check_cxx_compiler_flag("-mavx512bf16 -mamx-tile -mamx-bf16" CNNOPS_HAS_PAIRS)
+  if(CNNOPS_HAS_PAIRS)
+    list(APPEND CNNOPS_PAIRS_ISAS avx512_bf16 amx)
+    set(CNNOPS_FLAGS_avx512_bf16 ${CNNOPS_FLAGS_avx512} -mavx512bf16)
+    set(CNNOPS_FLAGS_amx ${CNNOPS_FLAGS_avx512} -mavx512bf16 -mamx-tile -mamx-bf16)
+    set(CNNOPS_INCLUDES_avx512_bf16 avx512)  # whose branches of the shared headers they take
+    set(CNNOPS_INCLUDES_amx avx512)
+  endif()
 endif()
 
 # GCC 12 reports its own intrinsics headers (_mm512_undefined_ps) as uninitialized.
@@ -82,21 +101,25 @@ function(cnnops_add_module target)
   target_include_directories(${target} PRIVATE csrc)
   target_link_libraries(${target} PRIVATE OpenMP::OpenMP_CXX)
   target_compile_options(${target} PRIVATE -O2 ${CNNOPS_WARNINGS})
-  string(REPLACE ";" "," isas "${CNNOPS_ISAS}")
+  string(REPLACE ";" "," isas "${CNNOPS_ISAS};${CNNOPS_PAIRS_ISAS}")
   target_compile_definitions(${target} PRIVATE
     CNNOPS_VERSION="${PROJECT_VERSION}"
     CNNOPS_BUILT_ISAS="${isas}"
     CNNOPS_COMPILER="${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}"
     CNNOPS_X86=$<BOOL:${CNNOPS_FLAGS_avx2}>
+    CNNOPS_PAIRS=$<BOOL:${CNNOPS_HAS_PAIRS}>
     CNNOPS_CUDA=$<BOOL:${CNNOPS_HAS_CUDA}>
     CNNOPS_EMULATION=$<BOOL:${CNNOPS_EMULATION}>)
   install(TARGETS ${target} LIBRARY DESTINATION cnnops)
   set(CNNOPS_MODULE ${target} PARENT_SCOPE)
-  foreach(isa reference ${CNNOPS_ISAS})
+  foreach(isa reference ${CNNOPS_ISAS} ${CNNOPS_PAIRS_ISAS})
     set(library cnnops_${isa})
     add_library(${library} OBJECT)
     target_include_directories(${library} PRIVATE csrc)
     target_compile_definitions(${library} PRIVATE CNNOPS_ISA=${isa} CNNOPS_ISA_${isa}=1)
+    foreach(included ${CNNOPS_INCLUDES_${isa}})
+      target_compile_definitions(${library} PRIVATE CNNOPS_ISA_${included}=1)
+    endforeach()
     target_compile_options(${library} PRIVATE ${CNNOPS_KERNEL_FLAGS} ${CNNOPS_FLAGS_${isa}})
     target_link_libraries(${library} PRIVATE OpenMP::OpenMP_CXX)
     target_link_libraries(${target} PRIVATE ${library})
@@ -130,7 +153,7 @@ function(cnnops_add_module target)
 endfunction()
 
 function(cnnops_add_op op)
-  cmake_parse_arguments(ARG "NO_CUDA" "" "CPU;CUDA" ${ARGN})
+  cmake_parse_arguments(ARG "NO_CUDA" "" "CPU;PAIRS;CUDA" ${ARGN})
   if(NOT ARG_CPU)
     set(ARG_CPU ${op})
   endif()
@@ -141,6 +164,11 @@ function(cnnops_add_op op)
   target_sources(cnnops_reference PRIVATE csrc/reference/${op}.cpp)
   foreach(isa ${CNNOPS_ISAS})
     foreach(source ${ARG_CPU})
+      target_sources(cnnops_${isa} PRIVATE csrc/cpu/${source}.cpp)
+    endforeach()
+  endforeach()
+  foreach(isa ${CNNOPS_PAIRS_ISAS})
+    foreach(source ${ARG_PAIRS})
       target_sources(cnnops_${isa} PRIVATE csrc/cpu/${source}.cpp)
     endforeach()
   endforeach()

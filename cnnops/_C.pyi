@@ -69,6 +69,21 @@ def batch_norm_backward(
     threads: int,
     kernel: int = -1,
 ) -> None: ...
+def batch_norm_backward_direct(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    eps: float,
+    activation: int,
+    want_dx: bool,
+    want_dweight: bool,
+    want_dbias: bool,
+    threads: int,
+) -> Any: ...
 def batch_norm_direct(
     x: Tensor,
     running_mean: Tensor | None,
@@ -99,6 +114,20 @@ def batch_norm_forward(
 def batch_norm_update(
     running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float, count: int, kernel: int = -1
 ) -> None: ...
+def conv2d_backward_direct(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    want_dx: bool,
+    want_dw: bool,
+    want_db: bool,
+    threads: int,
+    precision: int,
+) -> Any: ...
 def conv2d_bias_grad(db: Tensor, dy: Tensor, threads: int, kernel: int = -1) -> None: ...
 def conv2d_direct(
     x: Tensor,
@@ -111,6 +140,7 @@ def conv2d_direct(
     activation: int,
     grad: bool,
     threads: int,
+    precision: int,
 ) -> Any: ...
 def conv2d_forward(
     y: Tensor,
@@ -124,8 +154,8 @@ def conv2d_forward(
     groups: int,
     activation: int,
     threads: int,
-    kernel: int = -1,
     precision: int = 0,
+    kernel: int = -1,
 ) -> None: ...
 def conv2d_input_grad(
     dx: Tensor,
@@ -137,8 +167,8 @@ def conv2d_input_grad(
     dilation: Sequence[int],
     groups: int,
     threads: int,
-    kernel: int = -1,
     precision: int = 0,
+    kernel: int = -1,
 ) -> None: ...
 def conv2d_weight_grad(
     dw: Tensor,
@@ -149,8 +179,8 @@ def conv2d_weight_grad(
     dilation: Sequence[int],
     groups: int,
     threads: int,
-    kernel: int = -1,
     precision: int = 0,
+    kernel: int = -1,
 ) -> None: ...
 def cuda_build() -> Any: ...
 def empty(like: object, shape: Sequence[int], code: int, bits: int, channels_last: bool) -> Any: ...

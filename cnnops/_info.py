@@ -121,7 +121,7 @@ def info() -> Info:
         ValueError: ``CNNOPS_ISA`` names a level that cannot be used.
 
     Example:
-        >>> cnnops.info()["cpu"]["isa"] in ("baseline", "avx2", "avx512", "amx")
+        >>> cnnops.info()["cpu"]["isa"] in ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
         True
     """
     import torch

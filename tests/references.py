@@ -399,6 +399,8 @@ CONVOLUTIONS = (
     dict(x=(2, 48, 9, 6), k=64, rs=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=2),
     dict(x=(3, 70, 1, 1), k=37, rs=(1, 1), stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1),
     dict(x=(1, 9, 1, 1), k=130, rs=(1, 1), stride=(2, 1), padding=(0, 0), dilation=(1, 1), groups=1),
+    dict(x=(9, 24, 7, 5), k=40, rs=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1),
+    dict(x=(11, 8, 6, 9), k=20, rs=(3, 5), stride=(2, 2), padding=(1, 3), dilation=(1, 2), groups=1),
     dict(x=(1, 2, 3, 5), k=3, rs=(2, 2), stride=(4, 5), padding=(1, 0), dilation=(1, 1), groups=1),
 )
 

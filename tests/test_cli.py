@@ -95,7 +95,7 @@ def test_info_says_what_runs_here() -> None:
     assert found["build"]["compiler"] == C.compiler
     assert found["cpu"]["isa"] == C.isa_limit()
     levels = {level["isa"]: level for level in found["cpu"]["levels"]}
-    assert list(levels) == ["baseline", "avx2", "avx512", "amx"]
+    assert list(levels) == ["baseline", "avx2", "avx512", "avx512_bf16", "amx"]
     for level in levels.values():
         assert (level["built"] and level["supported"]) or level["reason"]
     assert found["threads"]["count"] == torch.get_num_threads()

@@ -254,6 +254,20 @@ batch_norm_backward = Operator(
 )  # fmt: skip
 
 
+def _gradients_directly(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
+    """Of x, weight and bias: by the extension alone where nobody differentiates them again."""
+    if dy is not None and not torch.is_grad_enabled() and direct():
+        x, y, _, mean, var, weight, bias = ctx.saved_tensors
+        if y is None:
+            (training, eps, activation), wants = ctx.arguments, ctx.needs_input_grad
+            made = C.batch_norm_backward_direct(
+                dy, x, mean, var, weight, bias, training, eps, activation, wants[0], wants[1], wants[2], threads()
+            )
+            if made is not None:
+                return made
+    return _gradients(ctx, dy, 0, 1)[:3]
+
+
 class _DirectTraining(torch.autograd.Function):
     """Training for a result that is computed already."""
 
@@ -267,7 +281,7 @@ class _DirectTraining(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
-        return *_gradients(ctx, dy, 0, 1)[:3], None, None, None
+        return *_gradients_directly(ctx, dy), None, None, None
 
 
 class _DirectEvaluation(torch.autograd.Function):
@@ -283,7 +297,7 @@ class _DirectEvaluation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
-        return *_gradients(ctx, dy, 0, 1)[:3], *[None] * 5
+        return *_gradients_directly(ctx, dy), *[None] * 5
 
 
 _DirectTraining.__name__ = _DirectTraining.__qualname__ = "batch_norm_training"

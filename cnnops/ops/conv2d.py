@@ -11,7 +11,7 @@ Padding is four numbers throughout: top, bottom, left, right.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,12 +40,22 @@ def _format(*images: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def _precision(t: Tensor) -> tuple[int, ...]:
-    """The kernel (-1: chosen) and the precision of float32 products on a CUDA device (``csrc/ops/conv2d.h``)."""
-    if t.dtype != torch.float32:
-        return ()
-    setting = torch._C._get_fp32_precision_getter("cuda", "conv")  # torch.backends.cudnn.conv.fp32_precision, in 0.1 µs
-    return (-1, {"tf32": 1, "bf16": 2}.get(setting, 0))
+# Precision in the contract. "none" is PyTorch's word for what is not set: full precision.
+_PRECISIONS = {"none": 0, "ieee": 0, "tf32": 1, "bf16": 2}
+_precision_setting: Callable[[str, str], str] | None = getattr(torch._C, "_get_fp32_precision_getter", None)
+
+
+def precision(backend: str = "mkldnn") -> int:
+    """How exact products of float32 numbers must be where 16-bit matrix instructions compute them.
+
+    PyTorch's own setting for convolutions, ``torch.backends.mkldnn.conv.fp32_precision`` on CPUs and
+    ``torch.backends.cudnn.conv.fp32_precision`` (backend ``cuda``) on CUDA devices.
+    """
+    return _PRECISIONS.get(_precision_setting(backend, "conv"), 0) if _precision_setting else 0
+
+
+def _precision(t: Tensor) -> int:
+    return precision("mkldnn" if t.is_cpu else "cuda")
 
 
 # ---- y = x * w -------------------------------------------------------------------------------------------------------
@@ -61,7 +71,7 @@ def _kernel(
         C.conv2d_forward(
             y, dense(x, format), weight, None if bias is None else bias.contiguous(),
             None if residual is None else dense(residual, format), stride, padding[::2], dilation, groups, activation,
-            threads(), *(() if x.is_cpu else _precision(x)),
+            threads(), _precision(x),
         )  # fmt: skip
     return y
 
@@ -110,6 +120,15 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        if not torch.is_grad_enabled() and direct():
+            wants = ctx.needs_input_grad
+            (x, weight), (stride, padding, dilation, groups) = ctx.saved_tensors, ctx.given
+            made = C.conv2d_backward_direct(
+                dy, x, weight, stride, padding, dilation, groups, wants[0], wants[1], wants[2] and ctx.has_bias,
+                threads(), precision(),
+            )  # fmt: skip
+            if made is not None:
+                return *made, *[None] * 5
         stride, padding, dilation, groups = ctx.given
         top, left = pair(padding, "padding", "conv2d")
         ctx.geometry = [
@@ -146,18 +165,7 @@ def _input_grad_kernel(
     if dx.numel():
         dy = dense(dy, _format(dy, weight))
         bias = None if bias is None else bias.contiguous()
-        C.conv2d_input_grad(
-            dx,
-            dy,
-            weight,
-            bias,
-            stride,
-            padding[::2],
-            dilation,
-            groups,
-            threads(),
-            *(() if dx.is_cpu else _precision(dx)),
-        )
+        C.conv2d_input_grad(dx, dy, weight, bias, stride, padding[::2], dilation, groups, threads(), _precision(dy))
     return dx
 
 
@@ -212,15 +220,7 @@ def _weight_grad_kernel(
     if dw.numel():
         format = _format(x, dy)
         C.conv2d_weight_grad(
-            dw,
-            dense(dy, format),
-            dense(x, format),
-            stride,
-            padding[::2],
-            dilation,
-            groups,
-            threads(),
-            *(() if x.is_cpu else _precision(x)),
+            dw, dense(dy, format), dense(x, format), stride, padding[::2], dilation, groups, threads(), _precision(x)
         )
     return dw
 
@@ -377,7 +377,7 @@ def conv2d(
     act = _activation.index("conv2d", activation) if activation is not None else 0
     if residual is None and direct():
         y = C.conv2d_direct(
-            input, weight, bias, stride, padding, dilation, groups, act, torch.is_grad_enabled(), threads()
+            input, weight, bias, stride, padding, dilation, groups, act, torch.is_grad_enabled(), threads(), precision()
         )
         if y is not None:
             return _apply(input, weight, bias, y, stride, padding, dilation, groups) if type(y) is tuple else y

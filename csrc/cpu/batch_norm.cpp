@@ -1,5 +1,5 @@
-// Batch normalization in two passes over memory: sums, then elements (one pass in evaluation, where backward makes its
-// sums and dx together). The work is cut as BatchNormPlan says, never by the number of threads; each unit leaves its
+// Batch normalization in two passes: sums, then elements (one in evaluation, where backward makes its sums and dx
+// together). Channels of NCHW that fit the cache take both passes one after the other, and memory is read once. The work is cut as BatchNormPlan says, never by the number of threads; each unit leaves its
 // sums in the workspace and every channel adds its partial sums in the order of the units.
 //
 // Per column (a channel, or one of the pixels of it that share a row) the coefficients m, a, b of z = (x - m) a + b are
@@ -74,25 +74,95 @@ struct Workspace {
   }
 };
 
-struct Channel {
-  double mean, invstd, weight, bias;
+// Neighbouring channels, whose coefficients are worked out together in vectors of float64.
+constexpr int kGroup = 8;
+struct Group {
+  int64_t first;
+  int count;
+  double mean[kGroup], invstd[kGroup], weight[kGroup], bias[kGroup];
 };
-Channel channel(const BatchNormParams& p, int64_t c) {
-  return {batch_norm_get(p.mean, p.statistics, c), 1 / __builtin_sqrt(batch_norm_get(p.var, p.statistics, c) + p.eps),
-          p.weight ? batch_norm_get(p.weight, p.affine, c) : 1, p.bias ? batch_norm_get(p.bias, p.affine, c) : 0};
+
+template <class E>
+void widen(const void* from, int64_t at, int count, double* to) {
+  for (int i = 0; i < count; ++i) to[i] = load_scalar(static_cast<const E*>(from)[at + i]);
+}
+void read_vector(const void* from, DType dtype, int64_t at, int count, double missing, double* to) {
+  for (int i = 0; i < kGroup; ++i) to[i] = missing;
+  if (!from) return;
+  switch (dtype) {
+    case DType::f32: return widen<float>(from, at, count, to);
+    case DType::f64: return widen<double>(from, at, count, to);
+    case DType::bf16: return widen<bf16>(from, at, count, to);
+    case DType::f16: return widen<f16>(from, at, count, to);
+    default: return;
+  }
+}
+Group group_of(const BatchNormParams& p, int64_t first, int count) {
+  Group g{first, count, {}, {}, {}, {}};
+  read_vector(p.mean, p.statistics, first, count, 0, g.mean);
+  read_vector(p.var, p.statistics, first, count, 1, g.invstd);
+  read_vector(p.weight, p.affine, first, count, 1, g.weight);
+  read_vector(p.bias, p.affine, first, count, 0, g.bias);
+  for (int i = 0; i < kGroup; ++i) g.invstd[i] = 1 / __builtin_sqrt(g.invstd[i] + p.eps);
+  return g;
+}
+// Calls f(first channel, channels) for all groups.
+template <class Function>
+[[gnu::always_inline]] inline void for_groups(const BatchNormParams& p, const Function& f) {
+#pragma omp parallel for num_threads(p.threads) schedule(static) if (p.c >= 512)
+  for (int64_t c = 0; c < p.c; c += kGroup) f(c, static_cast<int>(min64(kGroup, p.c - c)));
 }
 
-// Writes m, a, b of one channel into all its columns, and returns the mean's rounding error.
+// What a mean loses where it is rounded to the compute type. An infinite one loses nothing that could be made up for.
 template <class C>
-double set_coefficients(const BatchNormParams& p, const BatchNormPlan& plan, const Workspace<C>& to, int64_t c,
-                        const Channel& k) {
-  const C m = static_cast<C>(k.mean);
-  const double a = k.invstd * k.weight, lost = k.mean - static_cast<double>(m);
-  // An infinite mean has lost nothing that could be made up for.
-  const C b = static_cast<C>(lost == lost ? k.bias - lost * a : k.bias);
-  const int64_t columns = plan.columns(p);
-  for (int64_t j = c; j < columns; j += p.c) to.m[j] = m, to.a[j] = static_cast<C>(a), to.b[j] = b;
+double lost_of(double mean) {
+  const double lost = mean - static_cast<double>(static_cast<C>(mean));
   return lost == lost ? lost : 0;
+}
+
+// Into all columns of the group's channels.
+template <class C>
+void spread(const BatchNormParams& p, const BatchNormPlan& plan, const Group& g, C* to, const C* values) {
+  const int64_t columns = plan.columns(p);
+  for (int64_t j = g.first; j < columns; j += p.c)
+    std::memcpy(to + j, values, sizeof(C) * static_cast<size_t>(g.count));
+}
+
+// m, a, b of a group.
+template <class C>
+void set_coefficients(const BatchNormParams& p, const BatchNormPlan& plan, const Workspace<C>& to, const Group& g) {
+  C m[kGroup], a[kGroup], b[kGroup];
+  for (int i = 0; i < kGroup; ++i) {
+    const double scale = g.invstd[i] * g.weight[i];
+    m[i] = static_cast<C>(g.mean[i]), a[i] = static_cast<C>(scale);
+    b[i] = static_cast<C>(g.bias[i] - lost_of<C>(g.mean[i]) * scale);
+  }
+  spread(p, plan, g, to.m, m), spread(p, plan, g, to.a, a), spread(p, plan, g, to.b, b);
+}
+
+// s and t of a group, and the gradients of its weights and biases, from its partial sums.
+template <class C>
+void set_gradients(const BatchNormParams& p, const BatchNormPlan& plan, const Workspace<C>& work, const Group& g) {
+  double sum[kGroup] = {}, dot[kGroup] = {};
+  for (int i = 0; i < g.count; ++i)
+    for_partials(p, plan, g.first + i, [&](int64_t at, int64_t) CNNOPS_INLINE {
+      sum[i] += work.sums[2 * at], dot[i] += work.sums[2 * at + 1];
+    });
+  const double count = static_cast<double>(p.n * p.h * p.w);
+  C s[kGroup], t[kGroup];
+  double dweight[kGroup];
+  for (int i = 0; i < kGroup; ++i) {
+    const double lost = lost_of<C>(g.mean[i]), a = g.weight[i] * g.invstd[i];
+    dot[i] -= lost * sum[i];
+    dweight[i] = dot[i] * g.invstd[i];
+    const double slope = -a * g.invstd[i] * dweight[i] / count;
+    s[i] = static_cast<C>(slope), t[i] = static_cast<C>(-a * sum[i] / count - lost * slope);
+  }
+  for (int i = 0; i < g.count; ++i) {
+    if (p.dbias) batch_norm_set(p.dbias, p.affine, g.first + i, sum[i]);
+    if (p.dweight) batch_norm_set(p.dweight, p.affine, g.first + i, dweight[i]);
+  }
+  spread(p, plan, g, work.s, s), spread(p, plan, g, work.t, t);
 }
 
 // ---------------------------------------------------------------------------------------------------------------- sums
@@ -189,36 +259,62 @@ void block_statistics(const T* x, const BatchNormPlan& plan, int64_t unit, doubl
   }
 }
 
-// Mean and variance of every channel into p.mean and p.var, and the coefficients.
 template <class T>
-void statistics(const BatchNormParams& p, const BatchNormPlan& plan, const Workspace<compute_t<T>>& work) {
+void unit_statistics(const BatchNormParams& p, const BatchNormPlan& plan, const Workspace<compute_t<T>>& work,
+                     int64_t unit) {
   const T* const x = static_cast<const T*>(p.x);
-#pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (int64_t unit = 0; unit < plan.units; ++unit) {
-    if (plan.planes) {
-      const Block piece = plane_piece(p, plan, unit);
-      piece_statistics(x + piece.begin, piece.columns, work.sums + 2 * unit);
-    } else {
-      block_statistics(x, plan, unit, work.sums);
-    }
-  }
+  if (!plan.planes) return block_statistics(x, plan, unit, work.sums);
+  const Block piece = plane_piece(p, plan, unit);
+  piece_statistics(x + piece.begin, piece.columns, work.sums + 2 * unit);
+}
+
+// Mean and variance of a channel into p.mean and p.var, from its partial sums.
+template <class C>
+void set_statistics(const BatchNormParams& p, const BatchNormPlan& plan, const Workspace<C>& work, int64_t c) {
   const double count = static_cast<double>(p.n * p.h * p.w);
-#pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (int64_t c = 0; c < p.c; ++c) {
-    double sum = 0, squares = 0;
-    for_partials(p, plan, c,
-                 [&](int64_t i, int64_t n) CNNOPS_INLINE { sum += work.sums[2 * i] * static_cast<double>(n); });
-    const double mean = sum / count;
-    for_partials(p, plan, c, [&](int64_t i, int64_t n) CNNOPS_INLINE {
-      const double d = work.sums[2 * i] - mean;
-      squares += work.sums[2 * i + 1] + d * d * static_cast<double>(n);
-    });
-    batch_norm_set(p.mean, p.statistics, c, mean);
-    batch_norm_set(p.var, p.statistics, c, squares > 0 || squares != squares ? squares / count : 0);
-  }
+  double sum = 0, squares = 0;
+  for_partials(p, plan, c,
+               [&](int64_t i, int64_t n) CNNOPS_INLINE { sum += work.sums[2 * i] * static_cast<double>(n); });
+  const double mean = sum / count;
+  for_partials(p, plan, c, [&](int64_t i, int64_t n) CNNOPS_INLINE {
+    const double d = work.sums[2 * i] - mean;
+    squares += work.sums[2 * i + 1] + d * d * static_cast<double>(n);
+  });
+  batch_norm_set(p.mean, p.statistics, c, mean);
+  batch_norm_set(p.var, p.statistics, c, squares > 0 || squares != squares ? squares / count : 0);
 }
 
 // ------------------------------------------------------------------------------------------------------------ elements
+
+// Bytes of one channel that stay in a core's cache between passes.
+constexpr int64_t kCached = 512 << 10;
+
+template <class T>
+int64_t channel_bytes(const BatchNormParams& p) {
+  return p.n * p.h * p.w * static_cast<int64_t>(sizeof(T)) * (p.dy ? 2 + (p.saved_y || p.residual) : 2);
+}
+// Whether all passes go channel by channel: planes in one piece that stay in the cache, and work for every thread.
+// Results are the same either way.
+template <class T>
+bool channels_fit(const BatchNormParams& p, const BatchNormPlan& plan) {
+  return plan.planes && plan.pieces == 1 && channel_bytes<T>(p) <= kCached &&
+         (p.threads == 1 || p.c >= 2 * kGroup * p.threads);
+}
+// Calls f(first channel, channels) in parallel, with as many channels of a group at once as the cache holds.
+template <class T, class Function>
+[[gnu::always_inline]] inline void for_channels(const BatchNormParams& p, const Function& f) {
+  const int64_t most = max64(min64(kCached / max64(channel_bytes<T>(p), 1), kGroup), 1);
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t group = 0; group < p.c; group += kGroup)
+    for (int64_t c = group; c < min64(group + kGroup, p.c); c += most)
+      f(c, static_cast<int>(min64(min64(group + kGroup, p.c) - c, most)));
+}
+template <class Function>
+[[gnu::always_inline]] inline void for_planes(const BatchNormParams& p, int64_t first, int count, const Function& f) {
+  const int64_t plane = p.h * p.w;
+  for (int64_t n = 0; n < p.n; ++n)
+    for (int64_t c = first; c < first + count; ++c) f(Block{(n * p.c + c) * plane, 1, plane, plane, c, n * p.c + c});
+}
 
 // none and relu cost less than the jump that chooses among the others.
 enum class Kind { none, relu, relu_of_output, any };
@@ -244,46 +340,79 @@ template <Kind kKind, class T>
 }
 
 template <Kind kKind, class T>
-void normalize_all(const BatchNormParams& params, const BatchNormPlan& plan, const Workspace<compute_t<T>>& work) {
+[[gnu::noinline]] void normalize_piece(const BatchNormParams& params, const Workspace<compute_t<T>>& work,
+                                       const Block& piece) {
   using C = compute_t<T>;
   using V = vec<C>;
-#pragma omp parallel for num_threads(params.threads) schedule(static)
-  for (int64_t unit = 0; unit < plan.units; ++unit) {
-    const BatchNormParams p = params;  // a copy that no store can alias
-    if (plan.planes) {
-      const Block piece = plane_piece(p, plan, unit);
-      const V m = broadcast<V>(work.m[piece.column]), a = broadcast<V>(work.a[piece.column]);
-      const V b = set1<C>(work.b[piece.column]);
-      sweep<C>(piece.columns,
-               [&](int64_t i, int part, int) CNNOPS_INLINE { normalize<kKind, T>(p, piece.begin + i, part, m, a, b); });
-    } else {
-      for_blocks(plan, unit, [&](const Block& block) CNNOPS_INLINE {
-        for (int64_t row = 0; row < block.rows; ++row) {
-          const int64_t begin = block.begin + row * block.stride;
-          sweep<C>(block.columns, [&](int64_t j, int part, int) CNNOPS_INLINE {
-            const int64_t k = block.column + j;
-            normalize<kKind, T>(p, begin + j, part, load_n(work.m + k, part), load_n(work.a + k, part),
-                                load_n(work.b + k, part));
-          });
-        }
+  const BatchNormParams p = params;  // a copy that no store can alias
+  const V m = broadcast<V>(work.m[piece.column]), a = broadcast<V>(work.a[piece.column]);
+  const V b = set1<C>(work.b[piece.column]);
+  sweep<C>(piece.columns,
+           [&](int64_t i, int part, int) CNNOPS_INLINE { normalize<kKind, T>(p, piece.begin + i, part, m, a, b); });
+}
+
+template <Kind kKind, class T>
+void normalize_unit(const BatchNormParams& params, const BatchNormPlan& plan, const Workspace<compute_t<T>>& work,
+                    int64_t unit) {
+  using C = compute_t<T>;
+  if (plan.planes) return normalize_piece<kKind, T>(params, work, plane_piece(params, plan, unit));
+  const BatchNormParams p = params;
+  for_blocks(plan, unit, [&](const Block& block) CNNOPS_INLINE {
+    for (int64_t row = 0; row < block.rows; ++row) {
+      const int64_t begin = block.begin + row * block.stride;
+      sweep<C>(block.columns, [&](int64_t j, int part, int) CNNOPS_INLINE {
+        const int64_t k = block.column + j;
+        normalize<kKind, T>(p, begin + j, part, load_n(work.m + k, part), load_n(work.a + k, part),
+                            load_n(work.b + k, part));
       });
     }
-  }
+  });
+}
+
+template <Kind kKind, class T>
+void normalize_all(const BatchNormParams& p, const BatchNormPlan& plan, const Workspace<compute_t<T>>& work) {
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t unit = 0; unit < plan.units; ++unit) normalize_unit<kKind, T>(p, plan, work, unit);
 }
 
 template <class T>
 void evaluate(const BatchNormParams& p, const BatchNormPlan& plan, const Workspace<compute_t<T>>& work) {
-  for (int64_t c = 0; c < p.c; ++c) set_coefficients(p, plan, work, c, channel(p, c));
-  if (p.activation == Activation::none) return normalize_all<Kind::none, T>(p, plan, work);
-  if (p.activation == Activation::relu) return normalize_all<Kind::relu, T>(p, plan, work);
-  normalize_all<Kind::any, T>(p, plan, work);
+  for_groups(p, [&](int64_t c, int count) CNNOPS_INLINE { set_coefficients(p, plan, work, group_of(p, c, count)); });
+  switch (p.activation) {
+    case Activation::none: return normalize_all<Kind::none, T>(p, plan, work);
+    case Activation::relu: return normalize_all<Kind::relu, T>(p, plan, work);
+    default: return normalize_all<Kind::any, T>(p, plan, work);
+  }
+}
+
+// All passes over the channels of a group, one after the other while their planes are in the cache.
+template <Kind kKind, class T>
+void training_by_channels(const BatchNormParams& p, const BatchNormPlan& plan, const Workspace<compute_t<T>>& work) {
+  for_channels<T>(p, [&](int64_t c, int count) CNNOPS_INLINE {
+    for_planes(p, c, count, [&](const Block& plane) CNNOPS_INLINE {
+      piece_statistics(static_cast<const T*>(p.x) + plane.begin, plane.columns, work.sums + 2 * plane.partial);
+    });
+    for (int64_t i = c; i < c + count; ++i) set_statistics(p, plan, work, i);
+    set_coefficients(p, plan, work, group_of(p, c, count));
+    for_planes(p, c, count, [&](const Block& plane) CNNOPS_INLINE { normalize_piece<kKind, T>(p, work, plane); });
+  });
 }
 
 template <class T>
 void training(const BatchNormParams& p) {
   const BatchNormPlan plan = batch_norm_plan(p);
   const Workspace<compute_t<T>> work(p);
-  statistics<T>(p, plan, work);
+  if (channels_fit<T>(p, plan)) {
+    switch (p.activation) {
+      case Activation::none: return training_by_channels<Kind::none, T>(p, plan, work);
+      case Activation::relu: return training_by_channels<Kind::relu, T>(p, plan, work);
+      default: return training_by_channels<Kind::any, T>(p, plan, work);
+    }
+  }
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t unit = 0; unit < plan.units; ++unit) unit_statistics<T>(p, plan, work, unit);
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t c = 0; c < p.c; ++c) set_statistics(p, plan, work, c);
   evaluate<T>(p, plan, work);
 }
 
@@ -334,110 +463,119 @@ template <Kind kKind, class T>
 }
 
 template <Kind kKind, class T>
-void gradient_sums(const BatchNormParams& params, const BatchNormPlan& plan, const Workspace<compute_t<T>>& work) {
+[[gnu::noinline]] void piece_sums(const BatchNormParams& params, const Workspace<compute_t<T>>& work,
+                                  const Block& piece) {
   using C = compute_t<T>;
   using V = vec<C>;
-#pragma omp parallel for num_threads(params.threads) schedule(static)
-  for (int64_t unit = 0; unit < plan.units; ++unit) {
-    const BatchNormParams p = params;
-    if (plan.planes) {
-      const Block piece = plane_piece(p, plan, unit);
-      const V m = broadcast<V>(work.m[piece.column]), a = broadcast<V>(work.a[piece.column]);
-      const V b = set1<C>(work.b[piece.column]);
-      Sum<C> sum, dot;
-      sweep<C>(piece.columns, [&](int64_t i, int part, int k) CNNOPS_INLINE {
-        add_gradient<kKind, T>(p, piece.begin + i, part, m, a, b, sum.part[k], dot.part[k]);
-      });
-      work.sums[2 * unit] = sum.total();
-      work.sums[2 * unit + 1] = dot.total();
-    } else {
-      alignas(64) C sums[2][kColumns] = {};
-      for_blocks(plan, unit, [&](const Block& block) CNNOPS_INLINE {
-        add_rows<C, 2>(block, sums, [&](int64_t row, int64_t j, int part, V* total) CNNOPS_INLINE {
-          const int64_t k = block.column + j;
-          add_gradient<kKind, T>(p, block.begin + row * block.stride + j, part, load_n(work.m + k, part),
-                                 load_n(work.a + k, part), load_n(work.b + k, part), total[0], total[1]);
-        });
-      });
-      const int64_t first = unit % plan.column_blocks * kColumns, columns = min64(plan.width - first, kColumns);
-      double* const out = work.sums + 2 * (unit / plan.column_blocks * plan.width + first);
-      for (int64_t j = 0; j < columns; ++j) out[2 * j] = sums[0][j], out[2 * j + 1] = sums[1][j];
-    }
-  }
+  const BatchNormParams p = params;
+  const V m = broadcast<V>(work.m[piece.column]), a = broadcast<V>(work.a[piece.column]);
+  const V b = set1<C>(work.b[piece.column]);
+  Sum<C> sum, dot;
+  sweep<C>(piece.columns, [&](int64_t i, int part, int k) CNNOPS_INLINE {
+    add_gradient<kKind, T>(p, piece.begin + i, part, m, a, b, sum.part[k], dot.part[k]);
+  });
+  work.sums[2 * piece.partial] = sum.total();
+  work.sums[2 * piece.partial + 1] = dot.total();
 }
 
 template <Kind kKind, class T>
-void input_gradient(const BatchNormParams& params, const BatchNormPlan& plan, const Workspace<compute_t<T>>& work) {
+void unit_sums(const BatchNormParams& params, const BatchNormPlan& plan, const Workspace<compute_t<T>>& work,
+               int64_t unit) {
   using C = compute_t<T>;
   using V = vec<C>;
-  const auto one = [](const BatchNormParams& p, int64_t i, int part, V m, V a, V b, V s, V t) CNNOPS_INLINE {
-    const V d = load_n(static_cast<const T*>(p.x) + i, part) - m;
-    const V dz = gradient_of_z<kKind, T>(p, i, part, d, a, b);
-    store_n(static_cast<T*>(p.dx) + i, fma(dz, a, fma(d, s, t)), part);
-  };
-#pragma omp parallel for num_threads(params.threads) schedule(static)
-  for (int64_t unit = 0; unit < plan.units; ++unit) {
-    const BatchNormParams p = params;
-    if (plan.planes) {
-      const Block piece = plane_piece(p, plan, unit);
-      const V m = broadcast<V>(work.m[piece.column]), a = broadcast<V>(work.a[piece.column]);
-      const V b = set1<C>(work.b[piece.column]);
-      const V s = broadcast<V>(work.s[piece.column]), t = broadcast<V>(work.t[piece.column]);
-      sweep<C>(piece.columns,
-               [&](int64_t i, int part, int) CNNOPS_INLINE { one(p, piece.begin + i, part, m, a, b, s, t); });
-    } else {
-      for_blocks(plan, unit, [&](const Block& block) CNNOPS_INLINE {
-        for (int64_t row = 0; row < block.rows; ++row) {
-          const int64_t begin = block.begin + row * block.stride;
-          sweep<C>(block.columns, [&](int64_t j, int part, int) CNNOPS_INLINE {
-            const int64_t k = block.column + j;
-            one(p, begin + j, part, load_n(work.m + k, part), load_n(work.a + k, part), load_n(work.b + k, part),
-                load_n(work.s + k, part), load_n(work.t + k, part));
-          });
-        }
+  if (plan.planes) return piece_sums<kKind, T>(params, work, plane_piece(params, plan, unit));
+  const BatchNormParams p = params;
+  alignas(64) C sums[2][kColumns] = {};
+  for_blocks(plan, unit, [&](const Block& block) CNNOPS_INLINE {
+    add_rows<C, 2>(block, sums, [&](int64_t row, int64_t j, int part, V* total) CNNOPS_INLINE {
+      const int64_t k = block.column + j;
+      add_gradient<kKind, T>(p, block.begin + row * block.stride + j, part, load_n(work.m + k, part),
+                             load_n(work.a + k, part), load_n(work.b + k, part), total[0], total[1]);
+    });
+  });
+  const int64_t first = unit % plan.column_blocks * kColumns, columns = min64(plan.width - first, kColumns);
+  double* const out = work.sums + 2 * (unit / plan.column_blocks * plan.width + first);
+  for (int64_t j = 0; j < columns; ++j) out[2 * j] = sums[0][j], out[2 * j + 1] = sums[1][j];
+}
+
+template <Kind kKind, class T>
+[[gnu::always_inline]] inline void store_gradient(const BatchNormParams& p, int64_t i, int part, vec<compute_t<T>> m,
+                                                  vec<compute_t<T>> a, vec<compute_t<T>> b, vec<compute_t<T>> s,
+                                                  vec<compute_t<T>> t) {
+  const vec<compute_t<T>> d = load_n(static_cast<const T*>(p.x) + i, part) - m;
+  const vec<compute_t<T>> dz = gradient_of_z<kKind, T>(p, i, part, d, a, b);
+  store_n(static_cast<T*>(p.dx) + i, fma(dz, a, fma(d, s, t)), part);
+}
+
+template <Kind kKind, class T>
+[[gnu::noinline]] void piece_gradient(const BatchNormParams& params, const Workspace<compute_t<T>>& work,
+                                      const Block& piece) {
+  using C = compute_t<T>;
+  using V = vec<C>;
+  const BatchNormParams p = params;
+  const V m = broadcast<V>(work.m[piece.column]), a = broadcast<V>(work.a[piece.column]);
+  const V b = set1<C>(work.b[piece.column]);
+  const V s = broadcast<V>(work.s[piece.column]), t = broadcast<V>(work.t[piece.column]);
+  sweep<C>(piece.columns, [&](int64_t i, int part, int)
+                              CNNOPS_INLINE { store_gradient<kKind, T>(p, piece.begin + i, part, m, a, b, s, t); });
+}
+
+template <Kind kKind, class T>
+void unit_gradient(const BatchNormParams& params, const BatchNormPlan& plan, const Workspace<compute_t<T>>& work,
+                   int64_t unit) {
+  using C = compute_t<T>;
+  if (plan.planes) return piece_gradient<kKind, T>(params, work, plane_piece(params, plan, unit));
+  const BatchNormParams p = params;
+  for_blocks(plan, unit, [&](const Block& block) CNNOPS_INLINE {
+    for (int64_t row = 0; row < block.rows; ++row) {
+      const int64_t begin = block.begin + row * block.stride;
+      sweep<C>(block.columns, [&](int64_t j, int part, int) CNNOPS_INLINE {
+        const int64_t k = block.column + j;
+        store_gradient<kKind, T>(p, begin + j, part, load_n(work.m + k, part), load_n(work.a + k, part),
+                                 load_n(work.b + k, part), load_n(work.s + k, part), load_n(work.t + k, part));
       });
     }
+  });
+}
+
+// kSums finds dz for the sums; kDx finds it again for dx.
+template <Kind kSums, Kind kDx, class T>
+void backward_as(const BatchNormParams& p, const BatchNormPlan& plan, const Workspace<compute_t<T>>& work) {
+  BatchNormParams second = p;
+  if (p.dresidual) second.dy = p.dresidual;  // dz lies there already
+  const bool elements = p.training && p.dx;
+  if (channels_fit<T>(p, plan)) {
+    return for_channels<T>(p, [&](int64_t c, int count) CNNOPS_INLINE {
+      const Group group = group_of(p, c, count);
+      set_coefficients(p, plan, work, group);
+      for_planes(p, c, count, [&](const Block& plane) CNNOPS_INLINE { piece_sums<kSums, T>(p, work, plane); });
+      set_gradients(p, plan, work, group);
+      if (elements)
+        for_planes(p, c, count, [&](const Block& plane) CNNOPS_INLINE { piece_gradient<kDx, T>(second, work, plane); });
+    });
   }
+  for_groups(p, [&](int64_t c, int count) CNNOPS_INLINE { set_coefficients(p, plan, work, group_of(p, c, count)); });
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t unit = 0; unit < plan.units; ++unit) unit_sums<kSums, T>(p, plan, work, unit);
+  for_groups(p, [&](int64_t c, int count) CNNOPS_INLINE { set_gradients(p, plan, work, group_of(p, c, count)); });
+  if (!elements) return;
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t unit = 0; unit < plan.units; ++unit) unit_gradient<kDx, T>(second, plan, work, unit);
 }
 
 template <class T>
 void backward(const BatchNormParams& p) {
-  using C = compute_t<T>;
   const BatchNormPlan plan = batch_norm_plan(p);
-  const Workspace<C> work(p);
-  for (int64_t c = 0; c < p.c; ++c) set_coefficients(p, plan, work, c, channel(p, c));
-  switch (p.activation) {
-    case Activation::none: gradient_sums<Kind::none, T>(p, plan, work); break;
-    case Activation::relu:
-      p.saved_y ? gradient_sums<Kind::relu_of_output, T>(p, plan, work) : gradient_sums<Kind::relu, T>(p, plan, work);
-      break;
-    default: gradient_sums<Kind::any, T>(p, plan, work);
-  }
-  const double count = static_cast<double>(p.n * p.h * p.w);
-  const int64_t columns = plan.columns(p);
-#pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (int64_t c = 0; c < p.c; ++c) {
-    const Channel k = channel(p, c);
-    double sum = 0, dot = 0;
-    for_partials(p, plan, c,
-                 [&](int64_t i, int64_t) CNNOPS_INLINE { sum += work.sums[2 * i], dot += work.sums[2 * i + 1]; });
-    const double lost = k.mean - static_cast<double>(work.m[c]);
-    if (lost == lost) dot -= lost * sum;
-    if (p.dbias) batch_norm_set(p.dbias, p.affine, c, sum);
-    if (p.dweight) batch_norm_set(p.dweight, p.affine, c, dot * k.invstd);
-    const double a = k.weight * k.invstd, s = -a * k.invstd * k.invstd * dot / count;
-    const double t = -a * sum / count - (lost == lost ? lost * s : 0);
-    for (int64_t j = c; j < columns; j += p.c) work.s[j] = static_cast<C>(s), work.t[j] = static_cast<C>(t);
-  }
-  if (!p.training || !p.dx) return;
-  if (p.activation == Activation::none) return input_gradient<Kind::none, T>(p, plan, work);
-  if (p.dresidual) {  // dz lies there already
-    BatchNormParams rest = p;
-    rest.dy = p.dresidual;
-    return input_gradient<Kind::none, T>(rest, plan, work);
-  }
-  if (p.activation != Activation::relu) return input_gradient<Kind::any, T>(p, plan, work);
-  p.saved_y ? input_gradient<Kind::relu_of_output, T>(p, plan, work) : input_gradient<Kind::relu, T>(p, plan, work);
+  const Workspace<compute_t<T>> work(p);
+  if (p.activation == Activation::none) return backward_as<Kind::none, Kind::none, T>(p, plan, work);
+  if (p.activation != Activation::relu)
+    return p.dresidual ? backward_as<Kind::any, Kind::none, T>(p, plan, work)
+                       : backward_as<Kind::any, Kind::any, T>(p, plan, work);
+  if (p.saved_y)
+    return p.dresidual ? backward_as<Kind::relu_of_output, Kind::none, T>(p, plan, work)
+                       : backward_as<Kind::relu_of_output, Kind::relu_of_output, T>(p, plan, work);
+  p.dresidual ? backward_as<Kind::relu, Kind::none, T>(p, plan, work)
+              : backward_as<Kind::relu, Kind::relu, T>(p, plan, work);
 }
 
 }  // namespace

@@ -16,10 +16,10 @@
 // What is added in which order depends on shapes alone, so results have the same bits for any number of threads.
 #include <omp.h>
 
+#include "cpu/conv2d_blocks.h"
 #include "cpu/conv2d_lattice.h"
 #include "cpu/micro/gemm_tile.h"
 #include "cpu/micro/panels.h"
-#include "cpu/simd/activation.h"
 #include "cpu/simd/transpose.h"
 
 namespace cnnops::CNNOPS_ISA {
@@ -122,23 +122,6 @@ void pack_weights(const Problem<T>& g, const Weights<T>& from, const Panels<comp
 
 // ---- Pixels ----------------------------------------------------------------------------------------------------------
 
-// A run of pixels of one lattice row within a block: pixels dst .. dst + length - 1 of the block.
-struct Run {
-  int64_t n, i, j, length, dst;
-};
-
-// Cuts pixels [begin, begin + count) into runs; also at multiples of `cut` from the block's begin. Returns their number.
-int64_t find_runs(int64_t rows, int64_t columns, int64_t begin, int64_t count, int64_t cut, Run* runs) {
-  int64_t found = 0;
-  for (int64_t at = 0; at < count;) {
-    const int64_t pixel = begin + at, line = pixel / columns, j = pixel % columns;
-    const int64_t length = min64(min64(columns - j, count - at), cut - at % cut);
-    runs[found++] = {line / rows, line % rows, j, length, at};
-    at += length;
-  }
-  return found;
-}
-
 // NCHW: panels of kTileColumns pixels, [panel][(channel, tap)][column].
 template <class T>
 void pack_pixels_nchw(const Problem<T>& g, const Run* runs, int64_t run_count, int64_t pixels, int64_t c0, int64_t c1,
@@ -223,27 +206,6 @@ void find_pixels(const Problem<T>& g, const T* input, const Tap& tap, const Run*
 }
 
 // ---- The last step ---------------------------------------------------------------------------------------------------
-
-// n accumulators + bias + residual, through the activation, to out[0], out[step], ... `bias_vector` has one per element.
-template <class T>
-void finish_row(const compute_t<T>* sums, int64_t n, compute_t<T> bias, const T* bias_vector, const T* residual,
-                Activation activation, T* out, int64_t step) {
-  using C = compute_t<T>;
-  for (int64_t i = 0; i < n; i += lanes<C>) {
-    const int part = static_cast<int>(min64(n - i, lanes<C>));
-    vec<C> z = load_n(sums + i, part) + bias;
-    if (bias_vector) z += load_n(bias_vector + i, part);
-    if (residual) z += load_n(residual + i, part);
-    if (activation != Activation::none) z = activate<C>(z, activation);
-    if (step == 1) {
-      store_n(out + i, z, part);
-    } else {
-      T buffer[lanes<C>];
-      store(buffer, z);
-      for (int j = 0; j < part; ++j) out[(i + j) * step] = buffer[j];
-    }
-  }
-}
 
 template <class T>
 void finish_block(const Problem<T>& g, int64_t begin, int64_t pixels, int64_t m0, int64_t m1, const compute_t<T>* sums,

@@ -24,13 +24,14 @@ bool was_built(const char* level) {
 
 #if CNNOPS_X86
 struct Cpu {
-  uint32_t leaf1_ecx = 0, leaf7_ebx = 0, leaf7_edx = 0;
+  uint32_t leaf1_ecx = 0, leaf7_eax1 = 0, leaf7_ebx = 0, leaf7_edx = 0;
   uint64_t xcr0 = 0;
 
   Cpu() {
     uint32_t a, b, c, d;
     if (__get_cpuid(1, &a, &b, &c, &d)) leaf1_ecx = c;
     if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) leaf7_ebx = b, leaf7_edx = d;
+    if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) leaf7_eax1 = a;
     if (leaf1_ecx >> 27 & 1) {  // OSXSAVE: XGETBV may be executed
       uint32_t low, high;
       __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
@@ -62,8 +63,14 @@ std::string missing_avx512(const Cpu& cpu) {
   return "";
 }
 
-std::string missing_amx(const Cpu& cpu) {
+std::string missing_avx512_bf16(const Cpu& cpu) {
   if (std::string why = missing_avx512(cpu); !why.empty()) return why;
+  if (!(cpu.leaf7_eax1 >> 5 & 1)) return "the CPU has no AVX-512 bfloat16 products";
+  return "";
+}
+
+std::string missing_amx(const Cpu& cpu) {
+  if (std::string why = missing_avx512_bf16(cpu); !why.empty()) return why;
   if (!(cpu.leaf7_edx >> 24 & 1)) return "the CPU has no AMX tiles";
   if (!(cpu.leaf7_edx >> 22 & 1)) return "the CPU has no AMX bfloat16 products";
   if (!cpu.state(kStateTiles)) return "the operating system does not save the AMX tiles";
@@ -80,12 +87,14 @@ std::vector<IsaLevel> detect() {
   std::vector<IsaLevel> levels = {{Isa::baseline, true, true, ""},
                                   {Isa::avx2, was_built("avx2"), false, "not an x86-64 CPU"},
                                   {Isa::avx512, was_built("avx512"), false, "not an x86-64 CPU"},
+                                  {Isa::avx512_bf16, was_built("avx512_bf16"), false, "not an x86-64 CPU"},
                                   {Isa::amx, was_built("amx"), false, "not an x86-64 CPU"}};
 #if CNNOPS_X86
   const Cpu cpu;
   levels[1].reason = missing_avx2(cpu);
   levels[2].reason = missing_avx512(cpu);
-  levels[3].reason = missing_amx(cpu);
+  levels[3].reason = missing_avx512_bf16(cpu);
+  levels[4].reason = missing_amx(cpu);
 #endif
   for (IsaLevel& level : levels) {
     level.supported = level.reason.empty();
@@ -107,10 +116,12 @@ std::atomic<int> limit{-1};
 
 const char* name(Isa isa) {
   switch (isa) {
+    case Isa::amx_emulated: return "amx_emulated";
     case Isa::reference: return "reference";
     case Isa::baseline: return "baseline";
     case Isa::avx2: return "avx2";
     case Isa::avx512: return "avx512";
+    case Isa::avx512_bf16: return "avx512_bf16";
     case Isa::amx: return "amx";
     case Isa::cuda: return "cuda";
     case Isa::cuda_emulated: return "cuda_emulated";

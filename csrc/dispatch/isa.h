@@ -7,7 +7,20 @@
 namespace cnnops {
 
 // cuda is no level: its kernels are for tensors on a device. cuda_emulated is the same sources on the CPU, for tests.
-enum class Isa : int { cuda_emulated = -2, reference = -1, baseline = 0, avx2 = 1, avx512 = 2, amx = 3, cuda = 100 };
+enum class Isa : int {
+  cuda_emulated = -3,
+  amx_emulated = -2,
+  reference = -1,
+  baseline = 0,
+  avx2 = 1,
+  avx512 = 2,
+  avx512_bf16 = 3,
+  amx = 4,
+  cuda = 100
+};
+
+// Runs anywhere, and only where a row is asked for by its index.
+constexpr bool for_tests(Isa isa) { return isa < Isa::baseline; }
 
 struct IsaLevel {
   Isa isa;

@@ -68,6 +68,19 @@
 #else
 #define CNNOPS_KERNELS_FLOAT_CPU(pass, function, accepts) CNNOPS_KERNELS_FLOAT(pass, baseline, function, accepts)
 #endif
+// A kernel of sources that cmake/cnnops.cmake compiles for the instructions on pairs of bfloat16 numbers alone. The emulated level
+// computes as amx does, in plain loops.
+#if CNNOPS_PAIRS
+#define CNNOPS_KERNELS_PAIRS(pass, function, accepts)      \
+  CNNOPS_KERNEL(pass, amx, f32, function##_f32, accepts)   \
+  CNNOPS_KERNEL(pass, amx, bf16, function##_bf16, accepts) \
+  CNNOPS_KERNEL(pass, avx512_bf16, bf16, function##_bf16, accepts)
+#else
+#define CNNOPS_KERNELS_PAIRS(pass, function, accepts)
+#endif
+#define CNNOPS_KERNELS_EMULATED(pass, function, accepts)          \
+  CNNOPS_KERNEL(pass, amx_emulated, f32, function##_f32, accepts) \
+  CNNOPS_KERNEL(pass, amx_emulated, bf16, function##_bf16, accepts)
 
 namespace cnnops {
 
@@ -89,13 +102,9 @@ bool any(const Params&) {
   return true;
 }
 
-inline bool usable(Isa isa) {
-  return isa == Isa::cuda ? device_count() > 0 : isa < Isa::baseline || isa <= isa_limit();
-}
+inline bool usable(Isa isa) { return isa == Isa::cuda ? device_count() > 0 : for_tests(isa) || isa <= isa_limit(); }
 // Whether rows of this kind are chosen without being named, for tensors on a device or for tensors on the CPU.
-inline bool chosen_by_itself(Isa isa, bool on_device) {
-  return isa >= Isa::baseline && (isa == Isa::cuda) == on_device;
-}
+inline bool chosen_by_itself(Isa isa, bool on_device) { return !for_tests(isa) && (isa == Isa::cuda) == on_device; }
 
 // What Python is shown of a row.
 struct KernelInfo {

@@ -190,6 +190,39 @@ PyObject* forward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
+// -> (dx, dweight, dbias), None where one is not wanted; or None.
+PyObject* backward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return direct::attempt([&]() -> PyObject* {
+    Tensor dy, x, made[3];
+    Tensor vectors[4];  // mean, variance, weight, bias
+    bool training, wants[3];
+    double eps;
+    int64_t activation, threads;
+    if (count != 13 || !direct::tensor(args[0], dy) || !direct::tensor(args[1], x) ||
+        !direct::truth(args[6], training) || !direct::number(args[7], eps) || !direct::integer(args[8], activation) ||
+        !direct::truth(args[9], wants[0]) || !direct::truth(args[10], wants[1]) || !direct::truth(args[11], wants[2]) ||
+        !direct::integer(args[12], threads))
+      return nullptr;
+    for (int i = 0; i < 4; ++i)
+      if (!direct::optional_tensor(args[2 + i], vectors[i], 1)) return nullptr;
+    const Layout layout = direct::dense(x, Layout::nchw) ? Layout::nchw : direct::suggested(x);
+    if (!direct::dense(x, layout) || !direct::dense(dy, layout)) return nullptr;
+    const auto optional = [&](const Tensor& t) { return t.data ? OptionalTensor(t) : std::nullopt; };
+    const auto vector = [&](bool want, const Tensor& like, Tensor& out) -> py::object {
+      if (!want) return py::none();
+      return direct::empty_vector(args[1], x.shape[1], like.data ? like.dtype : x.dtype, out);
+    };
+    py::object dx = py::none();
+    if (wants[0])
+      dx = direct::empty(args[1], {x.shape[0], x.shape[1], x.shape[2], x.shape[3]}, x.dtype, layout, made[0]);
+    py::object dweight = vector(wants[1], vectors[2], made[1]), dbias = vector(wants[2], vectors[3], made[2]);
+    backward(optional(made[0]), optional(made[1]), optional(made[2]), std::nullopt, dy, x, std::nullopt, std::nullopt,
+             vectors[0], vectors[1], optional(vectors[2]), optional(vectors[3]), training, eps,
+             static_cast<int>(activation), static_cast<int>(threads), kSelect);
+    return py::make_tuple(std::move(dx), std::move(dweight), std::move(dbias)).release().ptr();
+  });
+}
+
 }  // namespace
 
 void bind_batch_norm(py::module_& m) {
@@ -198,6 +231,10 @@ void bind_batch_norm(py::module_& m) {
       "batch_norm_direct(x: torch.Tensor, running_mean: torch.Tensor | None, running_var: torch.Tensor | None, "
       "weight: torch.Tensor | None, bias: torch.Tensor | None, training: bool, momentum: float, eps: float, "
       "activation: int, grad: bool, threads: int) -> object");
+  direct::define(m, "batch_norm_backward_direct", &backward_direct,
+                 "batch_norm_backward_direct(dy: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, var: torch.Tensor, "
+                 "weight: torch.Tensor | None, bias: torch.Tensor | None, training: bool, eps: float, activation: int, "
+                 "want_dx: bool, want_dweight: bool, want_dbias: bool, threads: int) -> object");
   m.def("batch_norm_forward", &forward, "y"_a, "mean"_a, "var"_a, "x"_a, "weight"_a, "bias"_a, "residual"_a,
         "training"_a, "eps"_a, "activation"_a, "threads"_a, "kernel"_a = kSelect);
   m.def("batch_norm_backward", &backward, "dx"_a, "dweight"_a, "dbias"_a, "dresidual"_a, "dy"_a, "x"_a, "y"_a,

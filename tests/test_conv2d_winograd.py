@@ -27,7 +27,8 @@ def run(name: str, x: Tensor, w: Tensor, dy: Tensor) -> Tensor:
 
 def direct(name: str, x: Tensor, w: Tensor, dy: Tensor) -> Tensor:
     """The same by the row of the generic kernel at the highest usable level."""
-    rows = [r for r in C.kernels() if r["function"] == f"conv2d_{name}_f32" and r["usable"] and r["isa"] != "reference"]
+    levels = {level["isa"] for level in C.isa_levels()}
+    rows = [r for r in C.kernels() if r["function"] == f"conv2d_{name}_f32" and r["usable"] and r["isa"] in levels]
     format = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
     arguments = dict(stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1, threads=2, kernel=rows[0]["row"])
     if name == "forward":

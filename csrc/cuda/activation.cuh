@@ -21,7 +21,8 @@ __device__ __forceinline__ double erf_of(double v) { return erf(v); }
 
 template <class A>
 __device__ __forceinline__ A sigmoid(A z) {
-  return 1 / (1 + exp_of(-z));
+  const A e = exp_of(z < 0 ? z : -z);  // never infinite: what is small stays more than zero
+  return (z < 0 ? e : A(1)) / (1 + e);
 }
 
 template <class A>

@@ -28,8 +28,9 @@ demo: $(VENV)/installed
 	$(BIN)/cnnops bench resnet50 --batch 1 --layout nchw --filter "C=64 H=56 W=56 K=64|^(max_pool2d|batch_norm) C=64 "
 	@cat out/train_mnist.txt
 
+# Two processes, whose threads yield while they wait: some tests keep one core busy (the emulator's), some two.
 test: $(VENV)/installed
-	$(BIN)/pytest $(PYTEST)
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist worksteal $(PYTEST)
 
 lint: $(VENV)/lint
 	$(BIN)/ruff check .

@@ -22,8 +22,6 @@ def _kernel(x: Tensor, output_size: list[int]) -> Tensor:
     y = _fake(x, output_size)
     if y.numel():
         x = dense(x, memory_format(x))
-        if y.shape == x.shape:
-            return y.copy_(x)
         kernel = _even(x.shape, y.shape)
         if kernel:
             C.avg_pool2d_forward(y, x, kernel, kernel, (0, 0), False, 0, threads())
@@ -139,6 +137,6 @@ def adaptive_avg_pool2d(input: Tensor, output_size: int | Sequence[int | None] |
     size = adaptive_size("adaptive_avg_pool2d", input, output_size)
     x = adaptive_images("adaptive_avg_pool2d", input, channels_too=False)
     if tuple(size) == tuple(x.shape[2:]):  # each cell is its own mean
-        return input.clone(memory_format=memory_format(x)) if input.dim() == 4 else input.contiguous().clone()
+        return input.clone(memory_format=memory_format(x) if input.dim() == 4 else torch.contiguous_format)
     y = adaptive_avg_pool2d_op(x, size)
     return y if input.dim() == 4 else y.squeeze(0)

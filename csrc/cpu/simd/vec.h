@@ -361,11 +361,6 @@ template <class V>
   return a > b ? a : b;
 #endif
 }
-// PyTorch's max: NaN in either operand gives NaN; a wins ties.
-template <class V>
-[[gnu::always_inline]] inline V max_nan(V a, V b) {
-  return (b > a) | (b != b) ? b : a;
-}
 
 }  // namespace
 }  // namespace cnnops::CNNOPS_ISA

@@ -189,6 +189,17 @@ template <class C, class Function>
   if (i < n) f(i, static_cast<int>(n - i), 1);
 }
 
+// Calls f(element, column of the coefficients, lanes) for the vectors of a unit of rows.
+template <class C, class Function>
+[[gnu::always_inline]] inline void for_vectors(const BatchNormPlan& plan, int64_t unit, const Function& f) {
+  for_blocks(plan, unit, [&](const Block& block) CNNOPS_INLINE {
+    for (int64_t row = 0; row < block.rows; ++row) {
+      const int64_t begin = block.begin + row * block.stride;
+      sweep<C>(block.columns, [&](int64_t j, int part, int) CNNOPS_INLINE { f(begin + j, block.column + j, part); });
+    }
+  });
+}
+
 template <class T>
 void piece_statistics(const T* x, int64_t n, double* out) {
   using C = compute_t<T>;
@@ -357,15 +368,8 @@ void normalize_unit(const BatchNormParams& params, const BatchNormPlan& plan, co
   using C = compute_t<T>;
   if (plan.planes) return normalize_piece<kKind, T>(params, work, plane_piece(params, plan, unit));
   const BatchNormParams p = params;
-  for_blocks(plan, unit, [&](const Block& block) CNNOPS_INLINE {
-    for (int64_t row = 0; row < block.rows; ++row) {
-      const int64_t begin = block.begin + row * block.stride;
-      sweep<C>(block.columns, [&](int64_t j, int part, int) CNNOPS_INLINE {
-        const int64_t k = block.column + j;
-        normalize<kKind, T>(p, begin + j, part, load_n(work.m + k, part), load_n(work.a + k, part),
-                            load_n(work.b + k, part));
-      });
-    }
+  for_vectors<C>(plan, unit, [&](int64_t i, int64_t k, int part) CNNOPS_INLINE {
+    normalize<kKind, T>(p, i, part, load_n(work.m + k, part), load_n(work.a + k, part), load_n(work.b + k, part));
   });
 }
 
@@ -526,15 +530,9 @@ void unit_gradient(const BatchNormParams& params, const BatchNormPlan& plan, con
   using C = compute_t<T>;
   if (plan.planes) return piece_gradient<kKind, T>(params, work, plane_piece(params, plan, unit));
   const BatchNormParams p = params;
-  for_blocks(plan, unit, [&](const Block& block) CNNOPS_INLINE {
-    for (int64_t row = 0; row < block.rows; ++row) {
-      const int64_t begin = block.begin + row * block.stride;
-      sweep<C>(block.columns, [&](int64_t j, int part, int) CNNOPS_INLINE {
-        const int64_t k = block.column + j;
-        store_gradient<kKind, T>(p, begin + j, part, load_n(work.m + k, part), load_n(work.a + k, part),
-                                 load_n(work.b + k, part), load_n(work.s + k, part), load_n(work.t + k, part));
-      });
-    }
+  for_vectors<C>(plan, unit, [&](int64_t i, int64_t k, int part) CNNOPS_INLINE {
+    store_gradient<kKind, T>(p, i, part, load_n(work.m + k, part), load_n(work.a + k, part), load_n(work.b + k, part),
+                             load_n(work.s + k, part), load_n(work.t + k, part));
   });
 }
 

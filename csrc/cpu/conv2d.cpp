@@ -334,18 +334,7 @@ void run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
   g.out = transposed ? strides_of(p.layout, p.c, p.h, p.w) : strides_of(p.layout, p.k, p.p, p.q);
   g.activation = p.activation;
   if (g.pixels() == 0 || g.out_channels == 0) return;
-  // Rows that follow each other without a gap in both images are one row.
-  Tap flat;
-  if (lattice.count == 1 && lattice.ish == 1 && lattice.isw == 1 && lattice.osh == 1 && lattice.osw == 1 &&
-      taps[0].dh == 0 && taps[0].dw == 0 && lattice.rows == g.in_h && lattice.columns == g.in_w &&
-      g.in_h * g.in_w * g.out.w == (p.layout == Layout::nchw ? g.out.c : g.out.n)) {
-    flat = taps[0];
-    g.taps = &flat;
-    g.lattice.columns *= g.lattice.rows;
-    g.lattice.rows = 1;
-    g.in_w *= g.in_h;
-    g.in_h = 1;
-  }
+  join_rows(g, g.out);
   const int64_t count = max64(lattice.count, 1);
   if (p.layout == Layout::nchw) {
     const int64_t chunks = ceil_div(max64(g.in_channels * count, 1), kChunk);

@@ -1,4 +1,5 @@
-// The last step of blocked convolutions: from a block of float sums to the output, with bias, residual and activation.
+// What blocked convolutions share: rows and runs of pixels, and the last step, from a block of sums to the output, with bias,
+// residual and activation.
 #pragma once
 
 #include "common/arith.h"
@@ -23,6 +24,17 @@ int64_t find_runs(int64_t rows, int64_t columns, int64_t begin, int64_t count, i
     at += length;
   }
   return found;
+}
+
+// Makes rows that follow each other without a gap in both images one row.
+template <class Problem>
+void join_rows(Problem& g, const Strides& out) {
+  Lattice& l = g.lattice;
+  if (l.count != 1 || l.ish != 1 || l.isw != 1 || l.osh != 1 || l.osw != 1 || g.taps[0].dh != 0 || g.taps[0].dw != 0 ||
+      l.rows != g.in_h || l.columns != g.in_w || g.in_h * g.in_w * out.w != (g.layout == Layout::nchw ? out.c : out.n))
+    return;
+  l.columns *= l.rows, l.rows = 1;
+  g.in_w *= g.in_h, g.in_h = 1;
 }
 
 // One group's output on one lattice.

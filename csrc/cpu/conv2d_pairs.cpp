@@ -689,18 +689,7 @@ bool run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
   g.stride_m = p.weight_stride[transposed ? 1 : 0], g.stride_c = p.weight_stride[transposed ? 0 : 1];
   const Strides out = transposed ? strides_of(p.layout, p.c, p.h, p.w) : strides_of(p.layout, p.k, p.p, p.q);
   if (g.pixels() == 0 || g.out_channels == 0) return true;
-  // Rows that follow each other without a gap in both images are one row.
-  Tap flat;
-  if (lattice.count == 1 && lattice.ish == 1 && lattice.isw == 1 && lattice.osh == 1 && lattice.osw == 1 &&
-      taps[0].dh == 0 && taps[0].dw == 0 && lattice.rows == g.in_h && lattice.columns == g.in_w &&
-      g.in_h * g.in_w * out.w == (nchw ? out.c : out.n)) {
-    flat = taps[0];
-    g.taps = &flat;
-    g.lattice.columns *= g.lattice.rows;
-    g.lattice.rows = 1;
-    g.in_w *= g.in_h;
-    g.in_h = 1;
-  }
+  join_rows(g, out);
   g.out = {p.layout, g.lattice, out, nullptr, nullptr, nullptr, p.activation};
   constexpr int64_t kChunk = dot_chunk(kProducts);
   // Taps share what a strip holds, so several taps of fewer channels make a chunk.

@@ -402,7 +402,13 @@ CONVOLUTIONS = (
     dict(x=(9, 24, 7, 5), k=40, rs=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1),
     dict(x=(11, 8, 6, 9), k=20, rs=(3, 5), stride=(2, 2), padding=(1, 3), dilation=(1, 2), groups=1),
     dict(x=(1, 2, 3, 5), k=3, rs=(2, 2), stride=(4, 5), padding=(1, 0), dilation=(1, 1), groups=1),
+    dict(x=(5, 35, 13, 15), k=50, rs=(3, 3), stride=(2, 2), padding=(1, 1), dilation=(1, 1), groups=1),
+    dict(x=(8, 20, 14, 13), k=70, rs=(3, 3), stride=(1, 1), padding=(2, 2), dilation=(2, 2), groups=1),
+    dict(x=(1, 130, 7, 7), k=150, rs=(1, 1), stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1),
 )
+
+
+WEIGHT_FORMATS = (None, "nchw", None, "nhwc", None)  # None: the image's
 
 
 def _convolutions(run: Callable[..., Check], **variants: tuple) -> Iterator[Callable]:
@@ -446,10 +452,18 @@ def _conv2d_forward() -> Iterator[Callable]:
     from cnnops.ops import _activation
 
     def run(
-        dtype: torch.dtype, row: int, conv: dict, format: str, bias: bool, residual: bool, act: str | None
+        dtype: torch.dtype,
+        row: int,
+        conv: dict,
+        format: str,
+        weight_format: str | None,
+        bias: bool,
+        residual: bool,
+        act: str | None,
     ) -> Check:
         weight_shape, y_shape, arguments = _conv_shapes(conv)
-        x, weight = randn(*conv["x"], dtype=dtype, format=format), randn(*weight_shape, dtype=dtype, format=format)
+        x = randn(*conv["x"], dtype=dtype, format=format)
+        weight = randn(*weight_shape, dtype=dtype, format=weight_format or format)
         b = torch.randn(conv["k"]).to(dtype) if bias else None
         r = randn(*y_shape, dtype=dtype, format=format) if residual else None
         y = empty(*y_shape, dtype=dtype, format=format)
@@ -463,14 +477,17 @@ def _conv2d_forward() -> Iterator[Callable]:
         # No activation is steeper than 1.13 (gelu); theirs are a few roundings of their own.
         return Check(y, _activation.apply(expected, _activation.INDEX[act]), 2 * magnitude)
 
-    yield from _convolutions(run, bias=(True, False, True), residual=(False, True, False, False), act=ACTIVATED)
+    yield from _convolutions(
+        run, weight_format=WEIGHT_FORMATS, bias=(True, False, True), residual=(False, True, False, False), act=ACTIVATED
+    )
 
 
 @problem("conv2d", "input_grad")
 def _conv2d_input_grad() -> Iterator[Callable]:
-    def run(dtype: torch.dtype, row: int, conv: dict, format: str, bias: bool) -> Check:
+    def run(dtype: torch.dtype, row: int, conv: dict, format: str, weight_format: str | None, bias: bool) -> Check:
         weight_shape, y_shape, arguments = _conv_shapes(conv)
-        weight, dy = randn(*weight_shape, dtype=dtype, format=format), randn(*y_shape, dtype=dtype, format=format)
+        weight = randn(*weight_shape, dtype=dtype, format=weight_format or format)
+        dy = randn(*y_shape, dtype=dtype, format=format)
         b = torch.randn(conv["x"][1]).to(dtype) if bias else None
         dx = empty(*conv["x"], dtype=dtype, format=format)
         C.conv2d_input_grad(dx, dy, weight, b, **arguments, threads=2, kernel=row)
@@ -480,7 +497,7 @@ def _conv2d_input_grad() -> Iterator[Callable]:
             expected, magnitude = expected + b.double()[:, None, None], magnitude + b.double().abs()[:, None, None]
         return Check(dx, expected, magnitude)
 
-    yield from _convolutions(run, bias=(False, True, False))
+    yield from _convolutions(run, weight_format=WEIGHT_FORMATS, bias=(False, True, False))
 
 
 @problem("conv2d", "weight_grad")

@@ -33,8 +33,9 @@ constexpr int64_t kBlockFilters = 256;  // with kBlockPixels: 196 KB of accumula
 constexpr int64_t kTasksPerThread = 4;  // enough for an even share
 constexpr int64_t kMinFilters = 96;     // smaller blocks would pack the same pixels too often
 constexpr int64_t kMinPixels = 32;      // smaller blocks would read the same weights too often
-constexpr int64_t kFewBlocks = 2;       // of pixels: too few to pay for packing all weights to memory
-constexpr int64_t kWantedTasks = 16;    // weight_grad: fixed, because its cuts decide the order of its sums
+constexpr int64_t kChunkWeights = 131072;  // 512 KB of float32: half of L2
+constexpr int64_t kFewBlocks = 2;          // of pixels: too few to pay for packing all weights to memory
+constexpr int64_t kWantedTasks = 16;       // weight_grad: fixed, because its cuts decide the order of its sums
 
 // One group of one lattice: everything the tasks read.
 template <class T>
@@ -70,6 +71,32 @@ struct Weights {
   const T* data;
   int64_t stride_m, stride_c;
 };
+
+// packed[(t * channels + c) * width + m] = from[m * stride_m + c * taps + t]: eight rows of `from` are read from end to end.
+template <class T>
+void pack_by_tap(const T* from, int64_t stride_m, int64_t filled, int64_t channels, int64_t taps, compute_t<T>* packed,
+                 int64_t width) {
+  for (int64_t m = 0; m < filled; m += 8) {
+    const int64_t rows = min64(8, filled - m);
+    int64_t c = 0, t = 0;  // of the first column
+    for (int64_t j = 0; j < channels * taps; j += 8) {
+      const int64_t columns = min64(8, channels * taps - j);
+      compute_t<T>* to[8];
+      for (int64_t i = 0; i < columns; ++i) {
+        to[i] = packed + (t * channels + c) * width + m;
+        if (++t == taps) t = 0, ++c;
+      }
+      if constexpr (__is_same(T, float)) {
+        if (rows == 8) {
+          transpose_8x8(from + m * stride_m + j, stride_m, columns, [&](int64_t i) { return to[i]; });
+          continue;
+        }
+      }
+      for (int64_t i = 0; i < columns; ++i)
+        for (int64_t k = 0; k < rows; ++k) to[i][k] = load_scalar(from[(m + k) * stride_m + j + i]);
+    }
+  }
+}
 
 // Channels [c0, c1) of the panels [first, last); panel i goes to place(i).
 template <class T, class Place>
@@ -108,6 +135,8 @@ void pack_weights(const Problem<T>& g, const Weights<T>& from, const Panels<comp
     } else if (nchw && neighbours && taps > 1) {  // a matrix per channel: the same weights, input_grad
       for (int64_t c = 0; c < channels; ++c)
         transpose(weight + g.taps[0].weight + c * stride_c, stride_m, filled, taps, packed + c * taps * width, width);
+    } else if (!nchw && neighbours && stride_c == taps && taps > 1) {  // contiguous weights, forward
+      pack_by_tap(weight + g.taps[0].weight, stride_m, filled, channels, taps, packed, width);
     } else if (stride_c == 1 && (!nchw || taps == 1)) {  // a matrix per tap: channels_last weights, forward
       for (int64_t t = 0; t < taps; ++t)
         transpose(weight + g.taps[t].weight, stride_m, filled, channels, packed + t * channels * width, width);
@@ -263,17 +292,18 @@ void compute_block(const Problem<T>& g, const Panels<compute_t<T>>& panels, cons
   bool add = false;
   for (int64_t c0 = 0; c0 < g.in_channels; c0 += g.chunk_channels) {
     const int64_t c1 = min64(c0 + g.chunk_channels, g.in_channels);
+    if (!weights)
+      pack_weights(g, from, panels, first_panel, last_panel, c0, c1,
+                   [&](int64_t panel) { return chunk_weights + (panels.begin(panel) - m0) * (c1 - c0) * l.count; });
     for (int64_t t0 = 0; t0 < l.count; t0 += g.chunk_taps, add = true) {
       Problem<T> chunk = g;
       chunk.taps += t0;
       chunk.lattice.count = min64(g.chunk_taps, l.count - t0);
       const int64_t terms = (c1 - c0) * chunk.lattice.count;
-      if (!weights)
-        pack_weights(chunk, from, panels, first_panel, last_panel, c0, c1,
-                     [&](int64_t panel) { return chunk_weights + (panels.begin(panel) - m0) * terms; });
       const auto panel_weights = [&](int64_t m, int64_t width) {
-        return weights ? weights + m * length + (c0 * l.count + t0 * (c1 - c0)) * width
-                       : chunk_weights + (m - m0) * terms;
+        return (weights ? weights + m * length + c0 * l.count * width
+                        : chunk_weights + (m - m0) * (c1 - c0) * l.count) +
+               t0 * (c1 - c0) * width;
       };
       if (nchw) {
         pack_pixels_nchw(chunk, runs, run_count, pixels, c0, c1, packed);
@@ -379,13 +409,14 @@ void run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
   filter_blocks = min64(filter_blocks, panels.count);
 
   // Weights that few blocks of pixels share are packed by each task, chunk by chunk, and never leave its cache.
-  const bool pack_all = pixel_blocks > kFewBlocks;
+  const int64_t block_channels = ceil_div(panels.count, filter_blocks) * max64(kTileRows, kTileColumns<C>);
+  const int64_t chunk_weights_size = round_up(block_channels * g.chunk_channels * count, 64);
+  const bool pack_all = pixel_blocks > kFewBlocks || chunk_weights_size > kChunkWeights;
   Scratch<C> packed_weights(pack_all ? group_weights * p.groups : 0);
   const int64_t pixel_columns = round_up(block_pixels, kTileColumns<C>);
-  const int64_t block_channels = ceil_div(panels.count, filter_blocks) * max64(kTileRows, kTileColumns<C>);
   const int64_t packed_size = round_up(pixel_columns * chunk_terms, 64);
   const int64_t sums_size = round_up(pixel_columns * block_channels, 64);
-  const int64_t thread_size = packed_size + sums_size + (pack_all ? 0 : round_up(block_channels * chunk_terms, 64));
+  const int64_t thread_size = packed_size + sums_size + (pack_all ? 0 : chunk_weights_size);
   const int threads = p.threads;
   const int64_t pack_tasks = min64(panels.count, wanted_tasks);
   Scratch<C> scratch(thread_size * threads);

@@ -68,6 +68,16 @@
 #else
 #define CNNOPS_KERNELS_FLOAT_CPU(pass, function, accepts) CNNOPS_KERNELS_FLOAT(pass, baseline, function, accepts)
 #endif
+// A kernel at every level, for float32 alone.
+#define CNNOPS_KERNELS_F32_CPU(pass, function, accepts)  \
+  CNNOPS_KERNEL_F32_X86(pass, avx512, function, accepts) \
+  CNNOPS_KERNEL_F32_X86(pass, avx2, function, accepts)   \
+  CNNOPS_KERNEL(pass, baseline, f32, function##_f32, accepts)
+#if CNNOPS_X86
+#define CNNOPS_KERNEL_F32_X86(pass, isa, function, accepts) CNNOPS_KERNEL(pass, isa, f32, function##_f32, accepts)
+#else
+#define CNNOPS_KERNEL_F32_X86(pass, isa, function, accepts)
+#endif
 // A kernel of sources that cmake/cnnops.cmake compiles for the instructions on pairs of bfloat16 numbers alone. The emulated level
 // computes as amx does, in plain loops.
 #if CNNOPS_PAIRS

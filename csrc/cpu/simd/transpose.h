@@ -19,8 +19,10 @@ inline void load_row(const float* p, int64_t n, Row8& row) {
 #endif
 }
 
-// to[j * to_pitch + i] = from[i * from_pitch + j] for i < 8, j < columns <= 8: three rounds of exchanges between rows 1, 2 and 4 apart.
-inline void transpose_8x8(const float* from, int64_t from_pitch, float* to, int64_t to_pitch, int64_t columns = 8) {
+// place(j)[i] = from[i * from_pitch + j] for i < 8, j < columns <= 8: three rounds of exchanges between rows 1, 2 and 4 apart.
+template <class Place>
+[[gnu::always_inline]] inline void transpose_8x8(const float* from, int64_t from_pitch, int64_t columns,
+                                                 const Place& place) {
   Row8 a[8], b[8];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
@@ -48,8 +50,11 @@ inline void transpose_8x8(const float* from, int64_t from_pitch, float* to, int6
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
     if (i == columns) return;
-    *reinterpret_cast<Row8*>(to + i * to_pitch) = b[i];
+    *reinterpret_cast<Row8*>(place(i)) = b[i];
   }
+}
+inline void transpose_8x8(const float* from, int64_t from_pitch, float* to, int64_t to_pitch, int64_t columns = 8) {
+  transpose_8x8(from, from_pitch, columns, [&](int64_t j) { return to + j * to_pitch; });
 }
 
 // to[j * to_pitch + i] = from[i * from_pitch + j] for i < rows, j < columns.

@@ -54,7 +54,10 @@ struct Problem {
   Activation activation;
 
   int64_t chunk_channels, chunk_taps;  // of a chunk of the reduction
-  const T* zeros;                      // chunk_channels of them
+  // channels_last, few channels: the taps are rows of so many neighbours, and tiles read them from strips of the image, whose
+  // rows lie strip_pitch apart. 0: pixels are packed.
+  int64_t filter_columns, strip_pitch;
+  const T* zeros;  // chunk_channels of them
   int64_t length() const { return in_channels * lattice.count; }
   int64_t pixels() const { return images * lattice.rows * lattice.columns; }
   int64_t block_pixels, block_filters;
@@ -218,6 +221,33 @@ void pack_pixels_nhwc(const Problem<T>& g, const Run* runs, int64_t run_count, i
   }
 }
 
+// channels_last, a filter of few channels: for each run the rows of the image that it sees, zero-padded, one after another;
+// offset[i] is where the window of pixel i begins.
+template <class T>
+void pack_strips(const Problem<T>& g, const Run* runs, int64_t run_count, compute_t<T>* strip, int64_t* offset) {
+  const Lattice& l = g.lattice;
+  const int64_t channels = g.in_channels, filter_rows = l.count / g.filter_columns;
+  int64_t at = 0;
+  for (int64_t r = 0; r < run_count; ++r) {
+    const Run& run = runs[r];
+    for (int64_t j = 0; j < run.length; ++j) offset[run.dst + j] = at + j * l.isw * channels;
+    const int64_t columns = (run.length - 1) * l.isw + g.filter_columns, w = run.j * l.isw + g.taps[0].dw;
+    const Range valid = valid_range(columns, 1, w, g.in_w);
+    for (int64_t i = 0; i < filter_rows; ++i, at += g.strip_pitch) {
+      const int64_t h = run.i * l.ish + g.taps[i * g.filter_columns].dh;
+      compute_t<T>* const to = strip + at;
+      if (h < 0 || h >= g.in_h) {
+        zero_run(to, columns * channels);
+        continue;
+      }
+      zero_run(to, valid.first * channels);
+      copy_run(to + valid.first * channels, g.input + run.n * g.in.n + h * g.in.h + (w + valid.first) * channels, 1,
+               (valid.last - valid.first) * channels);
+      zero_run(to + valid.last * channels, (columns - valid.last) * channels);
+    }
+  }
+}
+
 // channels_last, one tap: where each pixel of the block lies from `input`; outside the image, where zeros lie.
 template <class T>
 void find_pixels(const Problem<T>& g, const T* input, const Tap& tap, const Run* runs, int64_t run_count,
@@ -236,12 +266,18 @@ void find_pixels(const Problem<T>& g, const T* input, const Tap& tap, const Run*
 
 // ---- The last step ---------------------------------------------------------------------------------------------------
 
+// The lattice is the whole output, pixel after pixel.
+template <class T>
+bool covers_output(const Problem<T>& g) {
+  const Lattice& l = g.lattice;
+  return l.osh == 1 && l.osw == 1 && l.columns * l.rows * g.out.w == (g.layout == Layout::nchw ? g.out.c : g.out.n);
+}
+
 template <class T>
 void finish_block(const Problem<T>& g, int64_t begin, int64_t pixels, int64_t m0, int64_t m1, const compute_t<T>* sums,
                   int64_t pitch, Run* runs) {
   const Lattice& l = g.lattice;
-  const bool whole_planes =
-      l.osh == 1 && l.osw == 1 && l.columns * l.rows * g.out.w == (g.layout == Layout::nchw ? g.out.c : g.out.n);
+  const bool whole_planes = covers_output(g);
   const int64_t rows = whole_planes ? 1 : l.rows, columns = whole_planes ? l.rows * l.columns : l.columns;
   const int64_t run_count = find_runs(rows, columns, begin, pixels, pixels, runs);
   for (int64_t r = 0; r < run_count; ++r) {
@@ -288,6 +324,9 @@ void compute_block(const Problem<T>& g, const Panels<compute_t<T>>& panels, cons
   const bool in_place = __is_same(T, C) && !nchw && g.chunk_taps == 1;
   const bool in_rows = in_place && l.count == 1 && l.ish == 1 && l.isw == 1 && g.taps[0].dh == 0 && g.taps[0].dw == 0 &&
                        l.columns == g.in_w && l.rows == g.in_h;
+  // channels_last: tiles may leave their last sums in the output.
+  const bool direct = __is_same(T, C) && !nchw && !g.residual && g.activation == Activation::none && covers_output(g) &&
+                      panels.begin(last_panel) == m1;
   const int64_t run_count = find_runs(l.rows, l.columns, begin, pixels, nchw ? kColumns : pixels, runs);
   bool add = false;
   for (int64_t c0 = 0; c0 < g.in_channels; c0 += g.chunk_channels) {
@@ -300,6 +339,7 @@ void compute_block(const Problem<T>& g, const Panels<compute_t<T>>& panels, cons
       chunk.taps += t0;
       chunk.lattice.count = min64(g.chunk_taps, l.count - t0);
       const int64_t terms = (c1 - c0) * chunk.lattice.count;
+      const bool last_chunk = c1 == g.in_channels && t0 + chunk.lattice.count == l.count;
       const auto panel_weights = [&](int64_t m, int64_t width) {
         return (weights ? weights + m * length + c0 * l.count * width
                         : chunk_weights + (m - m0) * (c1 - c0) * l.count) +
@@ -319,7 +359,9 @@ void compute_block(const Problem<T>& g, const Panels<compute_t<T>>& panels, cons
         }
         continue;
       }
-      if (!in_place)
+      if (g.filter_columns)
+        pack_strips(chunk, runs, run_count, packed, offset);
+      else if (!in_place)
         pack_pixels_nhwc(chunk, runs, run_count, c0, c1, packed);
       else if (!in_rows)
         find_pixels(g, g.input + c0, g.taps[t0], runs, run_count, offset);
@@ -329,11 +371,22 @@ void compute_block(const Problem<T>& g, const Panels<compute_t<T>>& panels, cons
         const int vecs = static_cast<int>(width / lanes<C>);
         for (int64_t at = 0; at < pixels; at += kTileRows) {
           const int row_count = static_cast<int>(min64(kTileRows, pixels - at));
-          C* const to = sums + at * pitch + (m - m0);
+          C* const sum = sums + at * pitch + (m - m0);
+          TileSums<C> to{sum, pitch, add ? sum : nullptr, pitch};
+          if constexpr (__is_same(T, C)) {
+            if (direct && !add && g.bias) to.old = g.bias + m, to.old_pitch = 0;
+            if (direct && last_chunk) to.data = g.output + (begin + at) * g.out.w + m, to.pitch = g.out.w;
+          }
+          if (g.filter_columns) {
+            const OffsetRows<C> rows{packed, offset + at, 1, g.strip_pitch};
+            gemm_tile<C>(row_count, vecs, rows, columns, width, g.filter_columns * g.in_channels,
+                         chunk.lattice.count / g.filter_columns, to);
+            continue;
+          }
           if constexpr (__is_same(T, C)) {
             if (in_place && !in_rows) {
               const OffsetRows<C> rows{g.input + c0, offset + at, 1, 0};
-              gemm_tile<C>(row_count, vecs, rows, columns, width, terms, 1, to, pitch, add);
+              gemm_tile<C>(row_count, vecs, rows, columns, width, terms, 1, to);
               continue;
             }
           }
@@ -341,12 +394,25 @@ void compute_block(const Problem<T>& g, const Panels<compute_t<T>>& panels, cons
           if constexpr (__is_same(T, C)) {
             if (in_rows) rows = {g.input + (begin + at) * g.in.w + c0, g.in.w};
           }
-          gemm_tile<C>(row_count, vecs, rows, columns, width, terms, 1, to, pitch, add);
+          gemm_tile<C>(row_count, vecs, rows, columns, width, terms, 1, to);
         }
       }
     }
   }
-  finish_block(g, begin, pixels, m0, m1, sums, pitch, runs);
+  if (!direct) finish_block(g, begin, pixels, m0, m1, sums, pitch, runs);
+}
+
+// The columns of a filter whose windows lie in the image as rows of neighbours; 0 if they do not, or are all but skipped.
+template <class T>
+int64_t find_filter_columns(const Problem<T>& g) {
+  const Lattice& l = g.lattice;
+  if (g.in_channels == 0 || g.in_channels != g.in.w || l.count == 0) return 0;
+  int64_t columns = 1;
+  while (columns < l.count && g.taps[columns].dh == g.taps[0].dh) ++columns;
+  if (l.count % columns != 0 || l.isw > columns) return 0;
+  for (int64_t t = 0; t < l.count; ++t)
+    if (g.taps[t].dw != g.taps[0].dw + t % columns || g.taps[t].dh != g.taps[t - t % columns].dh) return 0;
+  return columns;
 }
 
 template <class T>
@@ -373,6 +439,13 @@ void run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
   } else {
     g.chunk_channels = max64(1, ceil_div(g.in_channels, ceil_div(max64(g.in_channels, 1), kChunk)));
     g.chunk_taps = g.chunk_channels >= kTapChannels ? 1 : min64(count, kChunk / g.chunk_channels);
+    g.filter_columns = find_filter_columns(g);
+    if (g.filter_columns && g.chunk_taps > 1) {
+      const int64_t filter_rows = count / g.filter_columns;
+      g.chunk_taps = ceil_div(filter_rows, ceil_div(count * g.in_channels, kChunk)) * g.filter_columns;
+    } else {
+      g.filter_columns = 0;
+    }
   }
   const int64_t chunk_terms = g.chunk_channels * g.chunk_taps;
   Scratch<T> zeros(g.chunk_channels);
@@ -414,7 +487,10 @@ void run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
   const bool pack_all = pixel_blocks > kFewBlocks || chunk_weights_size > kChunkWeights;
   Scratch<C> packed_weights(pack_all ? group_weights * p.groups : 0);
   const int64_t pixel_columns = round_up(block_pixels, kTileColumns<C>);
-  const int64_t packed_size = round_up(pixel_columns * chunk_terms, 64);
+  g.strip_pitch = ((min64(g.lattice.columns, block_pixels) - 1) * g.lattice.isw + g.filter_columns) * g.in_channels;
+  const int64_t runs = min64(ceil_div(block_pixels, g.lattice.columns) + 1, block_pixels);
+  const int64_t packed_size = round_up(
+      g.filter_columns ? runs * g.chunk_taps / g.filter_columns * g.strip_pitch : pixel_columns * chunk_terms, 64);
   const int64_t sums_size = round_up(pixel_columns * block_channels, 64);
   const int64_t thread_size = packed_size + sums_size + (pack_all ? 0 : chunk_weights_size);
   const int threads = p.threads;
@@ -534,14 +610,23 @@ void copy_strip(const Conv2dParams& p, const GradPlan& g, int64_t n, int64_t row
       }
     return;
   }
-  for (int64_t i = 0; i < g.strip_rows; ++i)
+  for (int64_t i = 0; i < g.strip_rows; ++i) {
+    const int64_t h = h0 + i;
+    if (channels == p.c && h >= 0 && h < p.h) {  // the row as it lies
+      zero_run(strip, valid.first * channels);
+      copy_run(strip + valid.first * channels, image + h * in.h + (valid.first - p.pad_w) * in.w, 1,
+               (valid.last - valid.first) * channels);
+      zero_run(strip + valid.last * channels, (g.strip_columns - valid.last) * channels);
+      strip += g.strip_columns * channels;
+      continue;
+    }
     for (int64_t j = 0; j < g.strip_columns; ++j, strip += channels) {
-      const int64_t h = h0 + i;
       if (h < 0 || h >= p.h || j < valid.first || j >= valid.last)
         zero_run<C>(strip, channels);
       else
         copy_run(strip, image + h * in.h + (j - p.pad_w) * in.w, 1, channels);
     }
+  }
 }
 
 // dy of the same rows as [pixel][filter], filters up to a whole number of vectors with zeros.

@@ -57,12 +57,20 @@ struct OffsetRows {
   [[gnu::always_inline]] C at(int i, int64_t kk) const { return base[offset[i] + kk * step]; }
 };
 
-// b advances by b_step from one kk to the next, through all runs; c is [kRows][ldc]. Without `add`, c is overwritten.
-// With it, the finished sum is added to c: the rounding error of many such tiles is near that of one. For the same reason
-// sums of more than `flush` terms of a run are put aside, which costs about 2 / flush of the time.
+// Where a tile's sums go, [kRows][pitch], and what is added to them first, [kRows][old_pitch], if not null.
+template <class C>
+struct TileSums {
+  C* data;
+  int64_t pitch;
+  const C* old;
+  int64_t old_pitch;
+};
+
+// b advances by b_step from one kk to the next, through all runs. Sums are added to the old ones when they are finished: the
+// rounding error of many such tiles is near that of one. For the same reason sums of more than `flush` terms of a run are
+// put aside, which costs about 2 / flush of the time.
 template <int kRows, int kVecs, class C, class Rows>
-void gemm_tile(Rows a, const C* b, int64_t b_step, int64_t len, int64_t runs, C* c, int64_t ldc, bool add,
-               int64_t flush) {
+void gemm_tile(Rows a, const C* b, int64_t b_step, int64_t len, int64_t runs, const TileSums<C>& c, int64_t flush) {
   vec<C> sum[kRows][kVecs] = {}, aside[kRows][kVecs];
   bool flushed = false;
   for (int64_t run = 0; run < runs; ++run, a.base += a.run) {
@@ -97,23 +105,23 @@ void gemm_tile(Rows a, const C* b, int64_t b_step, int64_t len, int64_t runs, C*
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) sum[i][v] += aside[i][v];
-  if (add)
+  if (c.old)
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) sum[i][v] += load(c + i * ldc + v * lanes<C>);
+      for (int v = 0; v < kVecs; ++v) sum[i][v] += load(c.old + i * c.old_pitch + v * lanes<C>);
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) store(c + i * ldc + v * lanes<C>, sum[i][v]);
+    for (int v = 0; v < kVecs; ++v) store(c.data + i * c.pitch + v * lanes<C>, sum[i][v]);
 }
 
 // The tile for 1 <= rows <= kTileRows and 1 <= vecs <= kTileVecs.
 template <class C, class Rows>
-void gemm_tile(int rows, int vecs, const Rows& a, const C* b, int64_t b_step, int64_t len, int64_t runs, C* c,
-               int64_t ldc, bool add, int64_t flush = kNeverFlush) {
+void gemm_tile(int rows, int vecs, const Rows& a, const C* b, int64_t b_step, int64_t len, int64_t runs,
+               const TileSums<C>& c, int64_t flush = kNeverFlush) {
 #define CNNOPS_TILE(r, v) \
-  case r * 4 + v: return gemm_tile<r, v>(a, b, b_step, len, runs, c, ldc, add, flush);
+  case r * 4 + v: return gemm_tile<r, v>(a, b, b_step, len, runs, c, flush);
 #if CNNOPS_ISA_avx512
 #define CNNOPS_TILES(r) CNNOPS_TILE(r, 1) CNNOPS_TILE(r, 2) CNNOPS_TILE(r, 3)
 #else
@@ -134,6 +142,13 @@ void gemm_tile(int rows, int vecs, const Rows& a, const C* b, int64_t b_step, in
   }
 #undef CNNOPS_TILES
 #undef CNNOPS_TILE
+}
+
+// The same with sums that stay where they are: overwritten, or added to.
+template <class C, class Rows>
+void gemm_tile(int rows, int vecs, const Rows& a, const C* b, int64_t b_step, int64_t len, int64_t runs, C* c,
+               int64_t pitch, bool add, int64_t flush = kNeverFlush) {
+  gemm_tile<C>(rows, vecs, a, b, b_step, len, runs, TileSums<C>{c, pitch, add ? c : nullptr, pitch}, flush);
 }
 
 }  // namespace

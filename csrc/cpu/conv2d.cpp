@@ -52,6 +52,7 @@ struct Problem {
   const T* bias;
   const T* residual;
   Activation activation;
+  bool stream;  // the output goes around the caches
 
   int64_t chunk_channels, chunk_taps;  // of a chunk of the reduction
   // channels_last, few channels: the taps are rows of so many neighbours, and tiles read them from strips of the image, whose
@@ -287,13 +288,13 @@ void finish_block(const Problem<T>& g, int64_t begin, int64_t pixels, int64_t m0
       for (int64_t m = m0; m < m1; ++m) {
         const int64_t to = at + m * g.out.c;
         finish_row<T>(sums + (m - m0) * pitch + run.dst, run.length, g.bias ? load_scalar(g.bias[m]) : 0, nullptr,
-                      g.residual ? g.residual + to : nullptr, g.activation, g.output + to, l.osw);
+                      g.residual ? g.residual + to : nullptr, g.activation, g.output + to, l.osw, g.stream);
       }
     } else {
       for (int64_t j = 0; j < run.length; ++j) {
         const int64_t to = at + j * l.osw * g.out.w + m0;
         finish_row<T>(sums + (run.dst + j) * pitch, m1 - m0, 0, g.bias ? g.bias + m0 : nullptr,
-                      g.residual ? g.residual + to : nullptr, g.activation, g.output + to, 1);
+                      g.residual ? g.residual + to : nullptr, g.activation, g.output + to, 1, g.stream);
       }
     }
   }
@@ -375,7 +376,8 @@ void compute_block(const Problem<T>& g, const Panels<compute_t<T>>& panels, cons
           TileSums<C> to{sum, pitch, add ? sum : nullptr, pitch};
           if constexpr (__is_same(T, C)) {
             if (direct && !add && g.bias) to.old = g.bias + m, to.old_pitch = 0;
-            if (direct && last_chunk) to.data = g.output + (begin + at) * g.out.w + m, to.pitch = g.out.w;
+            if (direct && last_chunk)
+              to.data = g.output + (begin + at) * g.out.w + m, to.pitch = g.out.w, to.stream = g.stream;
           }
           if (g.filter_columns) {
             const OffsetRows<C> rows{packed, offset + at, 1, g.strip_pitch};
@@ -400,6 +402,7 @@ void compute_block(const Problem<T>& g, const Panels<compute_t<T>>& panels, cons
     }
   }
   if (!direct) finish_block(g, begin, pixels, m0, m1, sums, pitch, runs);
+  if (g.stream) end_streaming();
 }
 
 // The columns of a filter whose windows lie in the image as rows of neighbours; 0 if they do not, or are all but skipped.
@@ -431,6 +434,7 @@ void run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
   g.activation = p.activation;
   if (g.pixels() == 0 || g.out_channels == 0) return;
   join_rows(g, g.out);
+  g.stream = covers_output(g) && streams(g.images * g.out.n * static_cast<int64_t>(sizeof(T)));
   const int64_t count = max64(lattice.count, 1);
   if (p.layout == Layout::nchw) {
     const int64_t chunks = ceil_div(max64(g.in_channels * count, 1), kChunk);

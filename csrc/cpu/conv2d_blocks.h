@@ -5,6 +5,7 @@
 #include "common/arith.h"
 #include "cpu/conv2d_lattice.h"
 #include "cpu/simd/activation.h"
+#include "cpu/simd/stream.h"
 
 namespace cnnops::CNNOPS_ISA {
 namespace {
@@ -65,11 +66,14 @@ template <class T>
 // n sums + bias + residual, through the activation, to out[0], out[step], ... `bias_vector` has one per element.
 template <class T>
 void finish_row(const compute_t<T>* sums, int64_t n, compute_t<T> bias, const T* bias_vector, const T* residual,
-                Activation activation, T* out, int64_t step) {
+                Activation activation, T* out, int64_t step, bool stream = false) {
   using C = compute_t<T>;
   int64_t i = 0;
-  if (!bias_vector && !residual && activation == Activation::none && step == 1)
+  if (!bias_vector && !residual && activation == Activation::none && step == 1) {
+    if (stream)
+      for (; i + lanes<C> <= n; i += lanes<C>) store_streaming(out + i, load(sums + i) + bias);
     for (; i + lanes<C> <= n; i += lanes<C>) store_rounded(out + i, load(sums + i) + bias, lanes<C>);
+  }
   for (; i < n; i += lanes<C>) {
     const int part = static_cast<int>(min64(n - i, lanes<C>));
     vec<C> z = load_n(sums + i, part) + bias;
@@ -77,7 +81,10 @@ void finish_row(const compute_t<T>* sums, int64_t n, compute_t<T> bias, const T*
     if (step == 1) {
       if (residual) z += load_n(residual + i, part);
       if (activation != Activation::none) z = activate<C>(z, activation);
-      store_rounded(out + i, z, part);
+      if (stream && part == lanes<C>)
+        store_streaming(out + i, z);
+      else
+        store_rounded(out + i, z, part);
     } else {
       if (residual)
         for (int j = 0; j < part; ++j) z[j] += load_scalar(residual[(i + j) * step]);

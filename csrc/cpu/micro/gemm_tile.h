@@ -11,7 +11,7 @@
 // The tile is as large as the registers allow: kTileRows * kTileVecs accumulators, kTileVecs loads of b and one broadcast.
 #pragma once
 
-#include "cpu/simd/vec.h"
+#include "cpu/simd/stream.h"
 
 namespace cnnops::CNNOPS_ISA {
 namespace {
@@ -64,6 +64,7 @@ struct TileSums {
   int64_t pitch;
   const C* old;
   int64_t old_pitch;
+  bool stream = false;  // around the caches
 };
 
 // b advances by b_step from one kk to the next, through all runs. Sums are added to the old ones when they are finished: the
@@ -110,6 +111,13 @@ void gemm_tile(Rows a, const C* b, int64_t b_step, int64_t len, int64_t runs, co
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) sum[i][v] += load(c.old + i * c.old_pitch + v * lanes<C>);
+  if (c.stream) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) store_streaming(c.data + i * c.pitch + v * lanes<C>, sum[i][v]);
+    return;
+  }
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4

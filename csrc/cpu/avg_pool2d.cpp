@@ -156,7 +156,7 @@ void backward_nchw(const AvgPool2dParams& p) {
 // worth unrolling, else 0.
 template <class T, int kCount, bool kScale>
 void sum_nhwc(T* to, const T* from, const int64_t* at, const compute_t<T>* scale, int64_t count, compute_t<T> divisor,
-              int64_t channels) {
+              int64_t channels, bool stream) {
   using C = compute_t<T>;
   const int64_t total = kCount ? kCount : count;
   const auto vectors = [&](int64_t c, int part) {
@@ -171,7 +171,7 @@ void sum_nhwc(T* to, const T* from, const int64_t* at, const compute_t<T>* scale
       }
     }
     if constexpr (!kScale) sum /= divisor;
-    store_n(to + c, sum, part);
+    store_output(to + c, sum, part, stream);
   };
   int64_t c = 0;
   for (; c + lanes<C> <= channels; c += lanes<C>) vectors(c, lanes<C>);
@@ -179,12 +179,12 @@ void sum_nhwc(T* to, const T* from, const int64_t* at, const compute_t<T>* scale
 }
 template <class T, bool kScale>
 void sum_pixels(T* to, const T* from, const int64_t* at, const compute_t<T>* scale, int64_t count, compute_t<T> divisor,
-                int64_t channels) {
+                int64_t channels, bool stream) {
   switch (count) {
-    case 1: return sum_nhwc<T, 1, kScale>(to, from, at, scale, count, divisor, channels);
-    case 2: return sum_nhwc<T, 2, kScale>(to, from, at, scale, count, divisor, channels);
-    case 4: return sum_nhwc<T, 4, kScale>(to, from, at, scale, count, divisor, channels);
-    default: return sum_nhwc<T, 0, kScale>(to, from, at, scale, count, divisor, channels);
+    case 1: return sum_nhwc<T, 1, kScale>(to, from, at, scale, count, divisor, channels, stream);
+    case 2: return sum_nhwc<T, 2, kScale>(to, from, at, scale, count, divisor, channels, stream);
+    case 4: return sum_nhwc<T, 4, kScale>(to, from, at, scale, count, divisor, channels, stream);
+    default: return sum_nhwc<T, 0, kScale>(to, from, at, scale, count, divisor, channels, stream);
   }
 }
 
@@ -206,7 +206,7 @@ void forward_nhwc(const AvgPool2dParams& p) {
       for (int64_t h = h0; h < h1; ++h)
         for (int64_t w = w0; w < w1; ++w) at[count++] = (h * p.w + w) * p.c;
       sum_pixels<T, false>(static_cast<T*>(p.out) + (row * p.q + q) * p.c, image, at, nullptr, count,
-                           static_cast<C>(rows * columns_counted(p, q)), p.c);
+                           static_cast<C>(rows * columns_counted(p, q)), p.c, false);
     }
   }
 }
@@ -214,6 +214,7 @@ void forward_nhwc(const AvgPool2dParams& p) {
 template <class T>
 void backward_nhwc(const AvgPool2dParams& p) {
   using C = compute_t<T>;
+  const bool stream = p.n * p.c * p.h * p.w * static_cast<int64_t>(sizeof(T)) >= kLargeImage;
   const int64_t windows = min64(ceil_div(p.kernel_h, p.stride_h), p.p) * min64(ceil_div(p.kernel_w, p.stride_w), p.q);
   struct Piece {
     int64_t* at;
@@ -256,8 +257,10 @@ void backward_nhwc(const AvgPool2dParams& p) {
             s.scale[count++] = static_cast<C>(per_row * s.per_column[q]);
           }
         }
-        sum_pixels<T, true>(static_cast<T*>(p.out) + (row * p.w + w) * p.c, image, s.at, s.scale, count, 1, p.c);
+        sum_pixels<T, true>(static_cast<T*>(p.out) + (row * p.w + w) * p.c, image, s.at, s.scale, count, 1, p.c,
+                            stream);
       }
+      if (stream) end_streaming();
     }
   }
 }

@@ -8,6 +8,7 @@
 #include "ops/batch_norm.h"
 
 #include "cpu/simd/activation.h"
+#include "cpu/simd/stream.h"
 
 // Every lambda below is the body of a loop: a call in its place would send its vectors through memory.
 #define CNNOPS_INLINE __attribute__((always_inline))
@@ -297,6 +298,12 @@ void set_statistics(const BatchNormParams& p, const BatchNormPlan& plan, const W
 
 // ------------------------------------------------------------------------------------------------------------ elements
 
+// Whether what is as large as x is stored around the caches.
+template <class T>
+[[gnu::always_inline]] inline bool streams_images(const BatchNormParams& p) {
+  return p.n * p.c * p.h * p.w * static_cast<int64_t>(sizeof(T)) >= kLargeImage;
+}
+
 // Bytes of one channel that stay in a core's cache between passes.
 constexpr int64_t kCached = 512 << 10;
 
@@ -317,8 +324,10 @@ template <class T, class Function>
   const int64_t most = max64(min64(kCached / max64(channel_bytes<T>(p), 1), kGroup), 1);
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t group = 0; group < p.c; group += kGroup)
-    for (int64_t c = group; c < min64(group + kGroup, p.c); c += most)
+    for (int64_t c = group; c < min64(group + kGroup, p.c); c += most) {
       f(c, static_cast<int>(min64(min64(group + kGroup, p.c) - c, most)));
+      if (streams_images<T>(p)) end_streaming();
+    }
 }
 template <class Function>
 [[gnu::always_inline]] inline void for_planes(const BatchNormParams& p, int64_t first, int count, const Function& f) {
@@ -347,7 +356,7 @@ template <Kind kKind, class T>
   if (p.residual) z += load_n(static_cast<const T*>(p.residual) + i, part);
   if constexpr (kKind == Kind::relu) z = activate<Activation::relu, C>(z);
   if constexpr (kKind == Kind::any) z = activate_any<C>(z, p.activation);
-  store_n(static_cast<T*>(p.y) + i, z, part);
+  store_output(static_cast<T*>(p.y) + i, z, part, streams_images<T>(p));
 }
 
 template <Kind kKind, class T>
@@ -376,7 +385,10 @@ void normalize_unit(const BatchNormParams& params, const BatchNormPlan& plan, co
 template <Kind kKind, class T>
 void normalize_all(const BatchNormParams& p, const BatchNormPlan& plan, const Workspace<compute_t<T>>& work) {
 #pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (int64_t unit = 0; unit < plan.units; ++unit) normalize_unit<kKind, T>(p, plan, work, unit);
+  for (int64_t unit = 0; unit < plan.units; ++unit) {
+    normalize_unit<kKind, T>(p, plan, work, unit);
+    if (streams_images<T>(p)) end_streaming();
+  }
 }
 
 template <class T>
@@ -462,8 +474,9 @@ template <Kind kKind, class T>
   const vec<C> dz = gradient_of_z<kKind, T>(p, i, part, d, a, b);
   sum += dz;
   dot = fma(dz, d, dot);
-  if (p.dresidual) store_n(static_cast<T*>(p.dresidual) + i, dz, part);
-  if (!p.training && p.dx) store_n(static_cast<T*>(p.dx) + i, dz * a, part);
+  const bool stream = streams_images<T>(p);
+  if (p.dresidual) store_output(static_cast<T*>(p.dresidual) + i, dz, part, stream);
+  if (!p.training && p.dx) store_output(static_cast<T*>(p.dx) + i, dz * a, part, stream);
 }
 
 template <Kind kKind, class T>
@@ -508,7 +521,7 @@ template <Kind kKind, class T>
                                                   vec<compute_t<T>> t) {
   const vec<compute_t<T>> d = load_n(static_cast<const T*>(p.x) + i, part) - m;
   const vec<compute_t<T>> dz = gradient_of_z<kKind, T>(p, i, part, d, a, b);
-  store_n(static_cast<T*>(p.dx) + i, fma(dz, a, fma(d, s, t)), part);
+  store_output(static_cast<T*>(p.dx) + i, fma(dz, a, fma(d, s, t)), part, streams_images<T>(p));
 }
 
 template <Kind kKind, class T>
@@ -558,7 +571,10 @@ void backward_as(const BatchNormParams& p, const BatchNormPlan& plan, const Work
   for_groups(p, [&](int64_t c, int count) CNNOPS_INLINE { set_gradients(p, plan, work, group_of(p, c, count)); });
   if (!elements) return;
 #pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (int64_t unit = 0; unit < plan.units; ++unit) unit_gradient<kDx, T>(second, plan, work, unit);
+  for (int64_t unit = 0; unit < plan.units; ++unit) {
+    unit_gradient<kDx, T>(second, plan, work, unit);
+    if (streams_images<T>(p)) end_streaming();
+  }
 }
 
 template <class T>

@@ -434,7 +434,7 @@ void run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
   g.activation = p.activation;
   if (g.pixels() == 0 || g.out_channels == 0) return;
   join_rows(g, g.out);
-  g.stream = covers_output(g) && streams(g.images * g.out.n * static_cast<int64_t>(sizeof(T)));
+  g.stream = covers_output(g) && g.images * g.out.n * static_cast<int64_t>(sizeof(T)) >= kLargeProduct;
   const int64_t count = max64(lattice.count, 1);
   if (p.layout == Layout::nchw) {
     const int64_t chunks = ceil_div(max64(g.in_channels * count, 1), kChunk);

@@ -217,6 +217,7 @@ void filter_nhwc(const Conv2dParams& p, bool transposed) {
   using C = compute_t<T>;
   const int threads = threads_of(p);
   const Plan<T> plan(p, transposed, true);
+  const bool stream = p.n * p.c * plan.out_h * plan.out_w * static_cast<int64_t>(sizeof(T)) >= kLargeImage;
   const Vectors& vectors = plan.vectors;
   Packed<T, T> packed(p, plan);
   const T* const in = static_cast<const T*>(transposed ? p.y : p.x);
@@ -242,6 +243,7 @@ void filter_nhwc(const Conv2dParams& p, bool transposed) {
       block.pixel = p.c;
       block.out_pixel = plan.osw * p.c;
       block.activation = p.activation;
+      block.stream = stream;
       block.part = static_cast<int>(vectors.part);
       for (int64_t y = rows.begin(strip); y < y1; ++y) {
         // What the next row reads that this one does not, and where it goes; the next task's first row follows the last.
@@ -260,8 +262,9 @@ void filter_nhwc(const Conv2dParams& p, bool transposed) {
         }
         const int64_t to = (n * plan.out_h + y) * out_row + c0;
         filter_row(plan, y, v0, v1, in + n * plan.in_h * in_row + c0, packed, out + to,
-                   residual ? residual + to : nullptr, block, input, output);
+                   residual ? residual + to : nullptr, block, input, stream ? Ahead{} : output);
       }
+      if (stream) end_streaming();
     }
   }
 }

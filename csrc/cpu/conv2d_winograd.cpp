@@ -20,6 +20,7 @@
 #include "cpu/micro/gemm_tile.h"
 #include "cpu/micro/panels.h"
 #include "cpu/simd/activation.h"
+#include "cpu/simd/stream.h"
 #include "cpu/simd/transpose.h"
 #include "ops/conv2d.h"
 
@@ -77,6 +78,7 @@ struct Problem {
   const T* weight;
   int64_t stride_m, stride_c, stride_r, stride_s;
   T* output;
+  bool stream;  // around the caches
   const T* bias;
   const T* residual;
   Activation activation;
@@ -297,7 +299,7 @@ void m_to_output_nchw(const Problem<T>& g, const Run* runs, int64_t run_count, i
             vec<C> z = halves[half] + bias;
             if (g.residual) z += load_n(g.residual + to + half * kLanes, n);
             if (g.activation != Activation::none) z = activate<C>(z, g.activation);
-            store_n(g.output + to + half * kLanes, z, n);
+            store_output(g.output + to + half * kLanes, z, n, g.stream);
           }
         }
       }
@@ -328,7 +330,7 @@ void m_to_output_nhwc(const Problem<T>& g, const Run* runs, int64_t run_count, i
           vec<C> z = y[i] + bias;
           if (g.residual) z += load_n(g.residual + offset, part);
           if (g.activation != Activation::none) z = activate<C>(z, g.activation);
-          store_n(g.output + offset, z, part);
+          store_output(g.output + offset, z, part, g.stream);
         }
       }
     }
@@ -390,6 +392,7 @@ bool run(const Conv2dParams& p, bool transposed) {
   g.stride_m = p.weight_stride[transposed ? 1 : 0], g.stride_c = p.weight_stride[transposed ? 0 : 1];
   g.stride_r = p.weight_stride[2], g.stride_s = p.weight_stride[3];
   g.activation = p.activation;
+  g.stream = p.n * g.image_out * static_cast<int64_t>(sizeof(T)) >= kLargeProduct;
   g.chunk = ceil_div(g.in_channels, ceil_div(g.in_channels, kChunk));
   g.chunks = ceil_div(g.in_channels, g.chunk);
   const bool nchw = p.layout == Layout::nchw;
@@ -508,6 +511,7 @@ bool run(const Conv2dParams& p, bool transposed) {
           m_to_output_nchw(group, runs, run_count, m0, m1, mine.m, m_step);
         else
           m_to_output_nhwc(group, runs, run_count, m0, m1, mine.m, m_step, m_pitch);
+        if (g.stream) end_streaming();
       }
     }
     // Every pixel against those of the same and the neighbouring tiles.

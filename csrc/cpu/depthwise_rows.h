@@ -12,7 +12,7 @@
 
 #include "cpu/conv2d_lattice.h"
 #include "cpu/simd/activation.h"
-#include "cpu/simd/vec.h"
+#include "cpu/simd/stream.h"
 
 namespace cnnops::CNNOPS_ISA {
 namespace {
@@ -74,8 +74,9 @@ struct FilterBlock {
   int64_t out_pixel;   // elements from one output pixel to the next
   const T* residual;   // laid out as out; null: none
   Activation activation;
-  int live;  // pixels that are stored
-  int part;  // lanes that exist, for kPart
+  bool stream;  // around the caches
+  int live;     // pixels that are stored
+  int part;     // lanes that exist, for kPart
 };
 
 template <class T>
@@ -85,7 +86,7 @@ template <class T>
     vec<C> z = load(sums + j * lanes<C>);
     if (b.residual) z += load_n(b.residual + j * b.out_pixel, b.part);
     if (b.activation != Activation::none) z = activate<C>(z, b.activation);
-    store_n(b.out + j * b.out_pixel, z, b.part);
+    store_output(b.out + j * b.out_pixel, z, b.part, b.stream);
   }
 }
 
@@ -126,6 +127,12 @@ void filter_block(const FilterBlock<T>& b) {
   const int64_t out_pixel = b.out_pixel;
   T* const out = b.out;
   if (!kPart && !b.residual && b.activation == Activation::none) {
+    if (b.stream) {
+      unrolled<0, kCount>([&](auto j) CNNOPS_INLINE {
+        if (j.value < live) store_streaming(out + j.value * out_pixel, sum[j.value]);
+      });
+      return;
+    }
     unrolled<0, kCount>([&](auto j) CNNOPS_INLINE {
       if (j.value < live) store(out + j.value * out_pixel, sum[j.value]);
     });

@@ -197,7 +197,7 @@ struct Holder {
 // kCount: the number of holders where it is worth unrolling, else 0.
 template <class T, bool kIndices, int kCount>
 void pixel_nhwc(T* dx, const T* dy, const void* choice, int64_t choice_at, const Holder* holders, int64_t count,
-                int64_t channels) {
+                int64_t channels, bool stream) {
   using C = compute_t<T>;
   using I = int_t<C>;
   const int64_t total = kCount ? kCount : count;
@@ -214,7 +214,7 @@ void pixel_nhwc(T* dx, const T* dy, const void* choice, int64_t choice_at, const
       }
       sum += chosen == ivec<C>{} + static_cast<I>(holders[k].chosen) ? load_n(dy + at, part) : vec<C>{};
     }
-    store_n(dx + c, sum, part);
+    store_output(dx + c, sum, part, stream);
   };
   int64_t c = 0;
   for (; c + lanes<C> <= channels; c += lanes<C>) vectors(c, lanes<C>);
@@ -223,6 +223,7 @@ void pixel_nhwc(T* dx, const T* dy, const void* choice, int64_t choice_at, const
 
 template <class T, bool kIndices>
 void backward_nhwc(const IndexPool2dParams& p) {
+  const bool stream = p.n * p.c * p.h * p.w * static_cast<int64_t>(sizeof(T)) >= kLargeImage;
   const Windows& v = p.windows;
   const int64_t reach_h = (v.kernel_h - 1) * v.dilation_h + 1, reach_w = (v.kernel_w - 1) * v.dilation_w + 1;
   const int64_t most = p.adaptive ? (p.p / p.h + 2) * (p.q / p.w + 2)
@@ -255,12 +256,13 @@ void backward_nhwc(const IndexPool2dParams& p) {
         }
       T* const dx = static_cast<T*>(p.out) + (row * p.w + w) * p.c;
       switch (count) {
-        case 1: pixel_nhwc<T, kIndices, 1>(dx, dy, p.choice, image, holders, count, p.c); break;
-        case 2: pixel_nhwc<T, kIndices, 2>(dx, dy, p.choice, image, holders, count, p.c); break;
-        case 4: pixel_nhwc<T, kIndices, 4>(dx, dy, p.choice, image, holders, count, p.c); break;
-        default: pixel_nhwc<T, kIndices, 0>(dx, dy, p.choice, image, holders, count, p.c);
+        case 1: pixel_nhwc<T, kIndices, 1>(dx, dy, p.choice, image, holders, count, p.c, stream); break;
+        case 2: pixel_nhwc<T, kIndices, 2>(dx, dy, p.choice, image, holders, count, p.c, stream); break;
+        case 4: pixel_nhwc<T, kIndices, 4>(dx, dy, p.choice, image, holders, count, p.c, stream); break;
+        default: pixel_nhwc<T, kIndices, 0>(dx, dy, p.choice, image, holders, count, p.c, stream);
       }
     }
+    if (stream) end_streaming();
   }
 }
 

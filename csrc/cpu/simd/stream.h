@@ -8,8 +8,9 @@
 namespace cnnops::CNNOPS_ISA {
 namespace {
 
-// Smaller outputs are likely to be read from the caches.
-inline bool streams(int64_t bytes) { return bytes >= int64_t{4} << 20; }
+// Smaller outputs are likely to be read from the caches: of convolutions, and of kernels that only read one image and write
+// another, where the image they read may be there too.
+constexpr int64_t kLargeProduct = int64_t{4} << 20, kLargeImage = int64_t{16} << 20;
 
 template <class T>
 [[gnu::always_inline]] inline void store_streaming(T* p, vec<compute_t<T>> v) {
@@ -33,6 +34,15 @@ template <class T>
   }
 #endif
   store(p, v);
+}
+
+// The first n lanes, as store_n; whole vectors around the caches if `stream`.
+template <class T>
+[[gnu::always_inline]] inline void store_output(T* p, vec<compute_t<T>> v, int n, bool stream) {
+  if (stream && n >= lanes<compute_t<T>>)
+    store_streaming(p, v);
+  else
+    store_n(p, v, n);
 }
 
 // Before other threads may read what was stored.

@@ -59,10 +59,10 @@ def inputs_of(case: str, dtype: torch.dtype, format: torch.memory_format) -> lis
 
 @pytest.fixture(autouse=True)
 def float32_as_float32() -> object:
-    before = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
     yield
-    torch.backends.cudnn.conv.fp32_precision = before
+    torch.backends.cudnn.allow_tf32 = before
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=("nchw", "channels_last"))
@@ -180,7 +180,7 @@ def test_precision_follows_pytorchs_setting() -> None:
         return float((CF.conv2d(x, w).double() - exact).norm() / exact.norm())
 
     accurate = error()
-    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    torch.backends.cudnn.allow_tf32 = True
     assert accurate < 1e-6 < error() < 1e-3
 
 

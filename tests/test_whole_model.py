@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from models import images, near
 from opcheck_samples import SAMPLES
+from place import DEVICE
 from torch import Tensor
 
 import cnnops
@@ -250,7 +251,7 @@ def test_autocast() -> None:
     x = batch().float()
     outputs = []
     for net in (ours, theirs):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             y = net.eval()(x)
         y.float().sum().backward()
         outputs.append(y)

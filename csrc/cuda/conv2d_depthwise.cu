@@ -358,9 +358,7 @@ void launch_strips_weight_grad(const Conv2dParams& p, S) {
            0,   0,   false, false};
   g.items = g.n * g.strips * g.q;
   const int64_t blocks = S::wide ? ceil_div(g.c, int64_t{kWarp} * V) : g.c;
-  int64_t splits = splits_for(g.items, blocks, lines * 4);
-  const int64_t each = ceil_div(g.items, splits);
-  splits = ceil_div(g.items, each);
+  const auto [splits, each] = splits_for(g.items, blocks, lines * 4);
   A* const partial = static_cast<A*>(p.launch->allocate(splits * g.c * taps * static_cast<int64_t>(sizeof(A))));
   const int64_t doubles = S::wide ? kThreads * V : taps * (kThreads / kWarp);
   launch("conv2d_depthwise_weight_grad", *p.launch,
@@ -419,9 +417,7 @@ void weight_grad(const Conv2dParams& p) {
   const ConvGroups group = group_sizes(p);
   const int64_t pixels = p.n * p.p * p.q, count = p.k * group.c * p.r * p.s;
   const int64_t blocks = p.layout == Layout::nhwc ? ceil_div(p.k, int64_t{kWarp}) : p.k;
-  int64_t splits = splits_for(pixels, blocks * group.c * p.r * p.s, 1024);
-  const int64_t each = ceil_div(pixels, splits);
-  splits = ceil_div(pixels, each);
+  const auto [splits, each] = splits_for(pixels, blocks * group.c * p.r * p.s, 1024);
   A* const partial = static_cast<A*>(p.launch->allocate(splits * count * static_cast<int64_t>(sizeof(A))));
   launch("conv2d_depthwise_weight_grad", *p.launch,
          Grid{blocks * splits, group.c, p.r * p.s, kThreads, kThreads * sizeof(double)}, &weight_grad_kernel<T>, p,

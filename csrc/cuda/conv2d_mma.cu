@@ -714,9 +714,8 @@ void multiply_weights(const Conv2dParams& p) {
   q.filter_tiles = ceil_div(q.group.k, int64_t{kFilters}), q.channel_tiles = ceil_div(q.group.c, int64_t{kChannels});
   q.all = p.precision == Precision::ieee;
   const int64_t pixels = p.n * p.p * p.q, blocks = q.filter_tiles * q.channel_tiles * p.groups;
-  q.splits = splits_for(pixels, blocks * p.r * p.s, 512);
-  q.split_pixels = round_up(ceil_div(pixels, q.splits), kDepth<As>);
-  q.splits = ceil_div(pixels, q.split_pixels);
+  const Splits parts = splits_for(pixels, blocks * p.r * p.s, 512, kDepth<As>);
+  q.splits = parts.count, q.split_pixels = parts.each;
   const int64_t count = p.k * q.group.c * p.r * p.s;
   q.partial = static_cast<float*>(p.launch->allocate(q.splits * count * static_cast<int64_t>(sizeof(float))));
   if (As::planes == 3) q.flags = new_flags(p);

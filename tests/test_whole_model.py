@@ -16,6 +16,8 @@ from torch import Tensor
 
 import cnnops
 import cnnops.functional as CF
+from cnnops._lib import C
+from cnnops.ops import _core
 from cnnops.ops._core import OPERATORS
 
 
@@ -159,6 +161,16 @@ def test_compile(training: bool, dynamic: bool | None) -> None:
         near(gradients(ours, x, compiled), gradients(theirs, x))
         with torch.no_grad():
             near(compiled(x), theirs(x))
+
+
+def test_compile_takes_what_a_device_can_as_a_constant(monkeypatch: pytest.MonkeyPatch) -> None:
+    def capability(device: int | None) -> tuple[int, int]:
+        return 8, min(C.omp_max_threads(), 0)  # dynamo cannot trace the extension
+
+    monkeypatch.setattr(_core, "_capability", capability)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: x + 1 if _core._capable(0) else x, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.ones(2)), torch.ones(2) + 1)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from place import DEVICE, move_factories
+from place import PLACE, set_up
 
 SEED = int(os.environ.get("CNNOPS_TEST_SEED", "20260"))
 
@@ -26,8 +26,7 @@ OF_THE_CPU = {
     "test_readme": "examples with tensors on the CPU",
 }
 
-if DEVICE != "cpu":
-    move_factories()
+set_up()
 
 
 @pytest.fixture(autouse=True)
@@ -37,11 +36,11 @@ def seed() -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items if DEVICE != "cpu" else ():
+    for item in items if PLACE != "cpu" else ():
         if (reason := OF_THE_CPU.get(item.path.stem)) is not None:
-            item.add_marker(pytest.mark.skip(reason=f"not for {DEVICE}: {reason}"))
+            item.add_marker(pytest.mark.skip(reason=f"not for {PLACE}: {reason}"))
 
 
 def pytest_report_header() -> str:
     threads = torch.get_num_threads()
-    return f"cnnops: torch {torch.__version__}, on {DEVICE}, seed {SEED} (CNNOPS_TEST_SEED), {threads} threads"
+    return f"cnnops: torch {torch.__version__}, on {PLACE}, seed {SEED} (CNNOPS_TEST_SEED), {threads} threads"

@@ -58,6 +58,21 @@ print(*made(), torch._C._len_torch_function_stack())
     assert there == "meta meta cpu meta meta 0"
 
 
+@pytest.mark.skipif(not C.emulation, reason="this build has no emulated kernels")
+def test_operators_take_emulated_kernels() -> None:
+    code = """
+from cnnops._lib import C
+C.conv2d_forward = lambda *args, old=C.conv2d_forward, **kwargs: print(kwargs["kernel"]) or old(*args, **kwargs)
+import conftest, torch
+import cnnops.functional as CF
+for k, groups in ((8, 1), (16, 16)):
+    assert (CF.conv2d(torch.ones(1, 16, 5, 5), torch.ones(k, 16 // groups, 3, 3), groups=groups) == 144 // groups).all()
+"""
+    rows = [int(row) for row in run(code, CNNOPS_TEST_DEVICE="emulated").split()]
+    names = {r["row"]: r["function"] for r in C.kernels() if (r["op"], r["isa"]) == ("conv2d", "cuda_emulated")}
+    assert [names[row] for row in rows][-2:] == ["conv2d_mma_forward_f32", "conv2d_depthwise_forward_f32"]
+
+
 def test_files_about_the_cpu_are_left_out_by_name() -> None:
     from conftest import OF_THE_CPU
 

@@ -180,9 +180,10 @@ def test_sanitizers_are_given_the_rows(
 
 
 def test_the_suite_is_run_where_it_says(
-    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # no pytest-xdist, whose processes take long
     name = "tests/test_gpu_tool.py::test_files_about_the_cpu_are_left_out_by_name"
-    assert tool.main(["test", "--device", "cpu", "--pytest", name]) == 0
+    assert tool.main(["test", "--device", "cpu", "--pytest", name, "--out", str(tmp_path)]) == 0
     assert "1 passed" in capfd.readouterr().out
+    assert 'failures="0"' in (tmp_path / "tests.xml").read_text()

@@ -208,7 +208,7 @@ def test_nested(calls: Counter[str]) -> None:
         with cnnops.patch_aten():
             F.conv2d(x(), w())
             assert calls["conv2d"] == 1
-            F.max_pool2d(torch.arange(64).view(1, 1, 8, 8), 2)  # PyTorch's own op, not routed a second time
+            F.max_pool2d(torch.arange(64, device="cpu").view(1, 1, 8, 8), 2)  # PyTorch's own, not routed a second time
             assert calls["max_pool2d"] == 1
             with pytest.raises(KeyError), cnnops.patch_aten():
                 raise KeyError

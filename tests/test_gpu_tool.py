@@ -90,6 +90,15 @@ def test_parts_that_cannot_be_done_say_why(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert tool.main(["bench"]) == 1
     assert "bench: left out: PyTorch sees no CUDA device" in capfd.readouterr().out
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "T4")
+    assert tool.missing("test", "cuda") == "the kernels need compute capability 8.0, and T4 has 7.5"
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(C, "cuda_build", lambda: None)
+    assert "run the part `build`" in tool.missing("test", "cuda")
+    monkeypatch.setitem(sys.modules, "cnnops._lib", None)
+    assert "by the part `build`" in tool.missing("test", "cuda")
 
 
 def test_a_part_that_fails_or_hangs_leaves_the_others(

@@ -85,8 +85,10 @@ def missing(part: str, device: str) -> str:
         major, minor = torch.cuda.get_device_capability()
         return f"the kernels need compute capability 8.0, and {torch.cuda.get_device_name()} has {major}.{minor}"
     if part != "build":
-        from cnnops._lib import C
-
+        try:
+            from cnnops._lib import C
+        except ImportError as error:
+            return f"{error} (here, by the part `build`)"
         if C.cuda_build() is None:
             return "this build has no CUDA kernels: run the part `build` first"
     return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from place import DEVICE
 from torch import Tensor
 
 from cnnops._lib import C
@@ -23,8 +24,8 @@ def sweep(dtype: torch.dtype) -> Tensor:
 
 
 def rows(pass_: str, dtype: torch.dtype) -> list[dict]:
-    wanted = ("batch_norm", pass_, str(dtype).removeprefix("torch."), True)
-    return [r for r in C.kernels() if (r["op"], r["pass"], r["dtype"], r["usable"]) == wanted]
+    wanted = ("batch_norm", pass_, str(dtype).removeprefix("torch."), True, DEVICE == "cuda")
+    return [r for r in C.kernels() if (r["op"], r["pass"], r["dtype"], r["usable"], r["isa"] == "cuda") == wanted]
 
 
 def activate(z: Tensor, activation: int, row: int = -1) -> Tensor:

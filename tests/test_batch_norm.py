@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from place import DEVICE
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -465,7 +466,7 @@ def test_checkpoint_and_autocast() -> None:
     torch.testing.assert_close(
         torch.autograd.grad(checkpoint(function, x, use_reentrant=False).square().sum(), (x, w)), kept
     )
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         assert batch_norm(x, None, None, w, training=True).dtype == F.batch_norm(x, None, None, w, training=True).dtype
         low = x.bfloat16()
         assert batch_norm(low, None, None, w, training=True).dtype == torch.bfloat16

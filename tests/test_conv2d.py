@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from place import DEVICE
 from torch import Tensor
 
 from cnnops import functional as CF
@@ -224,7 +225,7 @@ def test_sizes_whose_product_overflows() -> None:
 
 def test_autocast_casts_as_pytorch_does() -> None:
     b = torch.randn(6)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         y, theirs = CF.conv2d(X, W, b), F.conv2d(X, W, b)
     assert y.dtype == theirs.dtype == torch.bfloat16
     close(y, F.conv2d(X.bfloat16().double(), W.bfloat16().double(), b.bfloat16().double()))

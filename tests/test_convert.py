@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from models import MODELS, Block, ResNet, UNet, images, near, step
+from place import DEVICE
 from torch import Tensor
 from torch.nn.utils import parametrizations, parametrize
 
@@ -430,7 +431,7 @@ def test_autocast(name: str) -> None:
     x = images()
     outputs = []
     for model in (ours, plain):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             y = model(x)
         y.float().square().sum().backward()
         outputs.append((y, {n: p.grad for n, p in model.named_parameters()}))
@@ -479,7 +480,7 @@ def test_meta_model() -> None:
     report = cnnops.convert_(model)
     assert len(report.swapped) == len(ours_of(model))
     assert model(images().to("meta")).shape == (3, 5)
-    model.to_empty(device="cpu").load_state_dict(ResNet().state_dict())
+    model.to_empty(device=DEVICE).load_state_dict(ResNet().state_dict())
     assert model(images()).isfinite().all()
 
 

@@ -59,10 +59,10 @@ def inputs_of(case: str, dtype: torch.dtype, format: torch.memory_format) -> lis
 
 @pytest.fixture(autouse=True)
 def float32_as_float32() -> object:
-    before = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
     yield
-    torch.backends.cudnn.conv.fp32_precision = before
+    torch.backends.cudnn.allow_tf32 = before
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=("nchw", "channels_last"))
@@ -180,7 +180,7 @@ def test_precision_follows_pytorchs_setting() -> None:
         return float((CF.conv2d(x, w).double() - exact).norm() / exact.norm())
 
     accurate = error()
-    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    torch.backends.cudnn.allow_tf32 = True
     assert accurate < 1e-6 < error() < 1e-3
 
 
@@ -218,10 +218,11 @@ def test_patched() -> None:
 
 @pytest.mark.parametrize("shape", [(0, 8, 5, 5), (2, 8, 1, 1)])
 def test_empty_batches_and_single_pixels(shape: tuple[int, ...]) -> None:
-    x, w = torch.randn(shape, device=DEVICE, requires_grad=True), torch.randn(4, 8, 1, 1, device=DEVICE)
+    x, w = (torch.randn(s, device=DEVICE, requires_grad=True) for s in (shape, (4, 8, 1, 1)))
     y = CF.conv2d(x, w)
     torch.testing.assert_close(y, F.conv2d(x, w))
-    assert torch.autograd.grad(y.sum(), x)[0].shape == shape
+    got, expected = (torch.autograd.grad(out.sum(), (x, w)) for out in (y, F.conv2d(x, w)))
+    torch.testing.assert_close(got, expected)
 
 
 def test_strided_inputs() -> None:

@@ -213,3 +213,15 @@ def test_batch_norm_of_every_tiling(shape: tuple[int, ...], activation: str, for
     )  # fmt: skip
     for a, b in zip((y, dx, dweight, dbias), (expected, *gradients), strict=True):
         torch.testing.assert_close(a.double(), b, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("name", ["conv2d_mma_weight_grad", "conv2d_weight_grad", "conv2d_depthwise_weight_grad"])
+def test_gradients_of_an_empty_batch_are_zero(name: str, format: str) -> None:
+    groups = 16 if "depthwise" in name else 1
+    x, dy = (empty(0, 16, 9, 9, dtype=torch.float32, format=format) for _ in range(2))
+    dw, db = empty(16, 16 // groups, 3, 3, dtype=x.dtype), empty(16, dtype=x.dtype)
+    C.conv2d_weight_grad(dw, dy, x, **dict(CONV, groups=groups), threads=1, kernel=ROWS[f"{name}_f32"])
+    C.conv2d_bias_grad(db, dy, threads=1, kernel=ROWS["conv2d_bias_grad_f32"])
+    assert torch.equal(dw, torch.zeros_like(dw))
+    assert torch.equal(db, torch.zeros_like(db))

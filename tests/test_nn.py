@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import near, step
+from place import DEVICE
 from torch import Tensor
 
 import cnnops
@@ -326,9 +327,9 @@ def test_meta_layers(case: tuple[str, dict]) -> None:
         x = torch.randn(2, 4, 9, 10)
         assert layer(x).shape == reference(x).shape
         assert layer(x).device.type == "meta"
-    materialized = layer.to_empty(device="cpu")
+    materialized = layer.to_empty(device=DEVICE)
     materialized.load_state_dict(getattr(torch.nn, case[0])(**case[1]).state_dict())
-    assert materialized(torch.randn(2, 4, 9, 10)).device.type == "cpu"
+    assert materialized(torch.randn(2, 4, 9, 10)).device.type == DEVICE
 
 
 @pytest.mark.parametrize("case", TWINS, ids=name_of)
@@ -389,7 +390,7 @@ def test_jit_trace_records_pytorch(case: tuple[str, dict]) -> None:
 def test_autocast_is_that_of_torch(case: tuple[str, dict]) -> None:
     theirs, ours = twins(*case)
     x = torch.randn(2, 4, 9, 10, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         y, reference = ours(x), theirs(x)
     near(y, reference, 2e-2)
     near(*(torch.autograd.grad(out.float().square().sum(), x)[0] for out in (y, reference)), 3e-2)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import MODELS, images, near, step
+from place import DEVICE
 from torch import Tensor
 
 import cnnops
@@ -174,12 +175,12 @@ def test_no_grad_inference_mode_and_autocast(name: str) -> None:
             expected = model(data)
             with cnnops.patch_aten():
                 near(model(data), expected)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
         expected = model(data)
         with cnnops.patch_aten():
             got = model(data)
     near(got, expected, 5e-2)
-    with cnnops.patch_aten(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with cnnops.patch_aten(), torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
         assert torch.equal(model(data), got)
 
 
@@ -207,7 +208,7 @@ def test_nested(calls: Counter[str]) -> None:
         with cnnops.patch_aten():
             F.conv2d(x(), w())
             assert calls["conv2d"] == 1
-            F.max_pool2d(torch.arange(64).view(1, 1, 8, 8), 2)  # PyTorch's own op, not routed a second time
+            F.max_pool2d(torch.arange(64, device="cpu").view(1, 1, 8, 8), 2)  # PyTorch's own, not routed a second time
             assert calls["max_pool2d"] == 1
             with pytest.raises(KeyError), cnnops.patch_aten():
                 raise KeyError

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from place import DEVICE
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -383,7 +385,7 @@ def test_the_mean_of_a_large_plane_is_accurate(format: str):
 
 @pytest.mark.parametrize("pool", [cf.max_pool2d, cf.avg_pool2d, cf.median_pool2d], ids=lambda f: f.__name__)
 def test_dtypes_without_kernels_go_to_pytorch(pool: Callable):
-    x = torch.arange(2 * 3 * 6 * 6).view(2, 3, 6, 6)
+    x = torch.arange(2 * 3 * 6 * 6, device="cpu").view(2, 3, 6, 6)  # on CUDA, PyTorch pools no integers
     y = pool(x, 3)
     assert y.dtype == torch.int64
     if pool is cf.median_pool2d:
@@ -530,7 +532,7 @@ def test_bad_shapes_raise_what_pytorch_raises(pool: Callable, shape: tuple[int, 
     assert str(list(shape)) in str(caught.value)
 
 
-@pytest.mark.parametrize("input", [None, [[1.0]], torch.ones(1, 1, 4, 4).numpy()], ids=lambda v: type(v).__name__)
+@pytest.mark.parametrize("input", [None, [[1.0]], np.ones((1, 1, 4, 4))], ids=lambda v: type(v).__name__)
 @pytest.mark.parametrize("pool", GOOD, ids=lambda f: f.__name__)
 def test_an_input_that_is_no_tensor_is_a_type_error(pool: Callable, input: Any):
     with pytest.raises(TypeError, match="input"):
@@ -553,7 +555,7 @@ def test_meta_inference_mode_autocast_and_checkpoint(pool: Callable):
     assert (meta.shape, meta.stride()) == (y.shape, y.stride())
     with torch.inference_mode():
         assert torch.equal(pool(x, **GOOD[pool]), y)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         assert pool(x, **GOOD[pool]).dtype == torch.float32
     leaf, again = x.clone().requires_grad_(), x.clone().requires_grad_()
     pool(leaf, **GOOD[pool]).sum().backward()

@@ -11,10 +11,13 @@ import torch
 import torch.nn.functional as F
 from models import images, near
 from opcheck_samples import SAMPLES
+from place import DEVICE
 from torch import Tensor
 
 import cnnops
 import cnnops.functional as CF
+from cnnops._lib import C
+from cnnops.ops import _core
 from cnnops.ops._core import OPERATORS
 
 
@@ -160,6 +163,16 @@ def test_compile(training: bool, dynamic: bool | None) -> None:
             near(compiled(x), theirs(x))
 
 
+def test_compile_takes_what_a_device_can_as_a_constant(monkeypatch: pytest.MonkeyPatch) -> None:
+    def capability(device: int | None) -> tuple[int, int]:
+        return 8, min(C.omp_max_threads(), 0)  # dynamo cannot trace the extension
+
+    monkeypatch.setattr(_core, "_capability", capability)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: x + 1 if _core._capable(0) else x, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.ones(2)), torch.ones(2) + 1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strict", [True, False])
 def test_export(strict: bool) -> None:
@@ -250,7 +263,7 @@ def test_autocast() -> None:
     x = batch().float()
     outputs = []
     for net in (ours, theirs):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             y = net.eval()(x)
         y.float().sum().backward()
         outputs.append(y)

@@ -1,23 +1,32 @@
 """What `make gpu` does on a machine with a CUDA device: `python tools/gpu.py [build|test|sanitize|bench|all]`.
 
-Nothing is downloaded: the Python that runs this has torch with CUDA, pybind11, cmake, ninja and pytest, and nvcc is on
-PATH. The extension is built for the device at hand alone, into the source tree, where everything below finds it.
+Nothing is downloaded: the Python that runs this has torch with CUDA, pybind11, cmake, ninja, pytest, numpy, click and
+rich, and nvcc is on PATH. The extension is built for the device at hand alone, into the source tree, where everything
+below finds it. Each part has a time of its own (--limit), after which it is stopped and what it found until then is
+kept; all together take less than 10 minutes.
 
   build     the extension with CUDA kernels
-  test      every row of the kernel tables on the device, and tests/test_cuda.py
+  test      the whole suite with its tensors on the device (CNNOPS_TEST_DEVICE); every row of the kernel tables there
   sanitize  compute-sanitizer's memcheck, racecheck and initcheck, each over as many problems of all rows as it can in
-            --seconds, by turns
-  bench     the layer suites against PyTorch with cuDNN, and the table below; JSON in out/gpu/
+            its time, by turns
+  bench     the layer suites against PyTorch with cuDNN (benchmark mode, both memory formats, with TF32 and without),
+            JSON files, and a table, last
   rows      what the sanitizer runs
+
+`--limit sanitize=600` gives a part more time. `--device cpu` is for trying this out: the suite and the benchmark on the
+CPU, the rows emulated.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -25,83 +34,119 @@ from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OUT = ROOT / "out" / "gpu"
+# Seconds of each part.
+LIMITS = {"build": 200.0, "test": 130.0, "sanitize": 140.0, "bench": 115.0}
+GRACE = 15.0  # seconds that a stopped command has to write what it has
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
-# What the bench runs, in both memory formats: (name, arguments).
-BENCHES = (
-    ("float32", ["--dtype", "float32"]),
-    ("tf32", ["--dtype", "float32", "--precision", "tf32", "--op", "conv2d"]),
-    ("bfloat16", ["--dtype", "bfloat16"]),
-)
+# What the bench runs, in both memory formats: name -> arguments.
+BENCHES = {
+    "float32": ["--dtype", "float32"],
+    "tf32": ["--dtype", "float32", "--precision", "tf32", "--op", "conv2d"],
+    "bfloat16": ["--dtype", "bfloat16"],
+}
 
 
-def run(*command: str, seconds: float | None = None, **environment: str) -> int:
+def run(seconds: float, *command: str, **environment: str) -> int:
+    """The exit code; 124 where the command had to be stopped."""
     print("+", " ".join(command), flush=True)
     path = os.pathsep.join(str(p) for p in (ROOT, ROOT / "tests"))
+    # A session of its own, so that what the command started is stopped with it.
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path, **environment}, start_new_session=True
+    )
     try:
-        return subprocess.run(
-            command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path, **environment}, timeout=seconds
-        ).returncode
+        return process.wait(seconds)
     except subprocess.TimeoutExpired:
         print(f"stopped after {seconds:.0f} s", flush=True)
-        return 1
+        return 124
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGINT)
+            try:
+                process.wait(GRACE)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
-def build() -> int:
+def missing(part: str, device: str) -> str:
+    """Why this machine cannot do the part; empty where it can."""
+    import torch
+
+    if part == "sanitize" and shutil.which("compute-sanitizer") is None:
+        return "compute-sanitizer is not on PATH"
+    if part == "build" and shutil.which("nvcc") is None:
+        return "nvcc is not on PATH"
+    if device != "cuda":
+        return ""
+    if not torch.cuda.is_available():
+        return "PyTorch sees no CUDA device"
+    if torch.cuda.get_device_capability() < (8, 0):
+        major, minor = torch.cuda.get_device_capability()
+        return f"the kernels need compute capability 8.0, and {torch.cuda.get_device_name()} has {major}.{minor}"
+    if part != "build":
+        try:
+            from cnnops._lib import C
+        except ImportError as error:
+            return f"{error} (here, by the part `build`)"
+        if C.cuda_build() is None:
+            return "this build has no CUDA kernels: run the part `build` first"
+    return ""
+
+
+def build(options: argparse.Namespace) -> int:
     import pybind11
     import torch
 
-    if shutil.which("nvcc") is None:
-        sys.exit("make gpu: nvcc is not on PATH")
-    if not torch.cuda.is_available():
-        sys.exit("make gpu: PyTorch sees no CUDA device")
-    major, minor = torch.cuda.get_device_capability()
-    if (major, minor) < (8, 0):
-        sys.exit(
-            f"make gpu: the kernels need compute capability 8.0, and {torch.cuda.get_device_name()} has {major}.{minor}"
-        )
+    major, minor = torch.cuda.get_device_capability() if options.device == "cuda" else (9, 0)
     architecture = f"{major}{minor}{'a' if (major, minor) == (9, 0) else ''}-real"
     version = next(line for line in (ROOT / "pyproject.toml").read_text().splitlines() if line.startswith("version = "))
     folder = ROOT / "build" / "gpu"
+    began = time.monotonic()
     return run(
+        options.limit["build"],
         "cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
         f"-DSKBUILD_PROJECT_VERSION={version.split(chr(34))[1]}", "-DCNNOPS_CUDA=ON",
         f"-DCNNOPS_CUDA_ARCHITECTURES={architecture}", f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={ROOT / 'cnnops'}",
-    ) or run("cmake", "--build", str(folder))  # fmt: skip
+    ) or run(options.limit["build"] + began - time.monotonic(), "cmake", "--build", str(folder))  # fmt: skip
 
 
-def test() -> int:
-    # "cuda-" begins the names of the rows on the device.
-    return run(sys.executable, "-m", "pytest", "-q", "tests/test_kernels.py", "-k", "cuda-") | run(
-        sys.executable, "-m", "pytest", "-q", "tests/test_cuda.py"
-    )
+def test(options: argparse.Namespace) -> int:
+    several = []
+    if importlib.util.find_spec("xdist") is not None:
+        several = ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal"]
+    return run(
+        options.limit["test"], sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "--maxfail=200", *several,
+        f"--junitxml={options.out / 'tests.xml'}", *shlex.split(options.pytest), CNNOPS_TEST_DEVICE=options.device,
+    )  # fmt: skip
 
 
-def sanitize(seconds: float) -> int:
-    if shutil.which("compute-sanitizer") is None:
-        print("compute-sanitizer is not on PATH: left out", flush=True)
-        return 1
-    failed = 0
-    for tool in SANITIZERS:
+def sanitize(options: argparse.Namespace) -> int:
+    failed, end = 0, time.monotonic() + options.limit["sanitize"]
+    for i, tool in enumerate(SANITIZERS):
+        left = (end - time.monotonic()) / (len(SANITIZERS) - i)
+        # Under a tool, torch takes long to start and each first launch, too: rows() begins to count after that.
         failed |= run(
-            "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "tools/gpu.py", "rows",
-            "--seconds", str(seconds), seconds=2 * seconds + 60, PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+            left, "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "tools/gpu.py", "rows",
+            "--device", options.device, "--limit", f"rows={left / 2:.1f}", PYTORCH_NO_CUDA_MEMORY_CACHING="1",
         )  # fmt: skip
     return failed
 
 
-def rows(seconds: float) -> int:
+def rows(options: argparse.Namespace) -> int:
     """A problem of each row, then another of each, until the time is over."""
     import references
     import torch
 
     from cnnops._lib import C
 
-    references.C = references.OnDevice(C)
-    end = time.monotonic() + seconds
+    isa = "cuda" if options.device == "cuda" else "cuda_emulated"
+    if isa == "cuda":
+        references.C = references.OnDevice(C)
+    end = time.monotonic() + options.limit["rows"]
     left = {}
-    for row in (r for r in C.kernels() if r["isa"] == "cuda"):
+    for row in (r for r in C.kernels() if r["isa"] == isa):
         left[row["function"]] = (row, iter(references.PROBLEMS[row["op"], row["pass"]]))
     tried: dict[str, int] = dict.fromkeys(left, 0)
     wrong = 0
@@ -123,23 +168,32 @@ def rows(seconds: float) -> int:
                 break
     none = [name for name, count in tried.items() if not count]
     print(f"{sum(tried.values())} problems of {len(tried)} rows, {wrong} wrong; of these rows none: {none}", flush=True)
-    return int(wrong > 0 or bool(none))
+    return int(wrong > 0 or not any(tried.values()))
 
 
-def bench(batch: str, suites: list[str]) -> int:
-    OUT.mkdir(parents=True, exist_ok=True)
-    failed = 0
+def bench(options: argparse.Namespace) -> int:
+    """Each run has its share of the time; a stopped one has written the entries that it came to."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    failed, end = 0, time.monotonic() + options.limit["bench"]
     found: list[tuple[str, dict]] = []
-    for name, arguments in BENCHES:
-        path = OUT / f"{name}.json"
+    stopped = []
+    names = [name for name in BENCHES if options.device == "cuda" or name != "tf32"]
+    for i, name in enumerate(names):
+        path = options.out / f"{name}.json"
         path.unlink(missing_ok=True)
-        failed |= run(
-            sys.executable, "-m", "cnnops", "bench", *suites, "--device", "cuda", "--batch", batch, "--min-time",
-            "0.02", "--repeats", "5", "--json", str(path), *arguments,
+        code = run(
+            (end - time.monotonic()) / (len(names) - i), sys.executable, "-m", "cnnops", "bench",
+            *(options.suite or ("resnet50", "mobilenet_v2")), "--device", options.device, "--batch", options.batch,
+            "--min-time", "0.02", "--repeats", "5", "--json", str(path), *BENCHES[name],
         )  # fmt: skip
+        if code == 124:
+            stopped.append(name)
+        failed |= code
         if path.exists():
             found.append((name, json.loads(path.read_text())))
     table(found)
+    if stopped:
+        print(f"stopped before the last entry: {', '.join(stopped)}")
     return failed
 
 
@@ -156,7 +210,9 @@ def table(found: list[tuple[str, dict]]) -> None:
     for name, result in found:
         groups: dict[tuple[str, ...], list[dict]] = defaultdict(list)
         for entry in result["entries"]:
-            op = "conv2d, groups" if entry["op"] == "conv2d" and "groups=" in entry["layer"] else entry["op"]
+            op = entry["op"]
+            if op == "conv2d" and "groups=" in entry["layer"] and "groups=1 " not in entry["layer"] + " ":
+                op = "conv2d, groups"
             groups[op, entry["pass"], entry["layout"]].append(entry)
         for key, entries in sorted(groups.items()):
             good = [e for e in entries if e["status"] == "ok"]
@@ -172,35 +228,44 @@ def mean(values: list[float], format: str) -> str:
     return f"{math.exp(sum(map(math.log, values)) / len(values)):{format}}" if values else "-"
 
 
-def main() -> int:
+def limits(text: str) -> dict[str, float]:
+    return {part: float(seconds) for part, seconds in (word.split("=") for word in text.split(","))}
+
+
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", default="all", choices=("all", "build", "test", "sanitize", "bench", "rows"))
-    parser.add_argument("--seconds", type=float, default=40, help="for each of the sanitizer's tools")
-    parser.add_argument("--batch", default="32")
+    parts = {"build": build, "test": test, "sanitize": sanitize, "bench": bench}
+    parser.add_argument("part", nargs="?", default="all", choices=("all", *parts, "rows"))
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--limit", type=limits, default={}, metavar="PART=SECONDS,...", help=f"default: {LIMITS}")
+    parser.add_argument("--pytest", default="", help="more arguments for pytest")
+    parser.add_argument("--batch", default="32", help="of the benchmark")
     parser.add_argument(
         "--suite", action="append", help="of the benchmark; resnet50 and mobilenet_v2 where none is named"
     )
-    options = parser.parse_args()
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "gpu", help="where results go")
+    options = parser.parse_args(arguments)
+    options.limit = {**LIMITS, "rows": 40.0, **options.limit}
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    suites = options.suite or ["resnet50", "mobilenet_v2"]
-    parts = {
-        "build": build,
-        "test": test,
-        "sanitize": lambda: sanitize(options.seconds),
-        "bench": lambda: bench(options.batch, suites),
-        "rows": lambda: rows(options.seconds),
-    }
-    if options.part != "all":
-        return parts[options.part]()
+    if options.part == "rows":
+        return rows(options)
     outcome = {}
-    for name in ("build", "test", "sanitize", "bench"):
+    for name in parts if options.part == "all" else (options.part,):
         began = time.monotonic()
-        failed = parts[name]()
-        outcome[name] = f"{'failed' if failed else 'ok'} ({time.monotonic() - began:.0f} s)"
-        if failed and name == "build":
+        if reason := missing(name, options.device):
+            outcome[name] = f"left out: {reason}"
+        else:
+            try:
+                failed = parts[name](options)
+            except Exception as error:  # the other parts are run
+                print(f"{type(error).__name__}: {error}", flush=True)
+                failed = 1
+            word = {0: "ok", 124: "stopped"}.get(failed, "failed")
+            outcome[name] = f"{word} ({time.monotonic() - began:.0f} s)"
+        if name == "build" and not outcome[name].startswith("ok"):
             break
-    print("\n" + ", ".join(f"{name}: {result}" for name, result in outcome.items()))
-    return int(any(result.startswith("failed") for result in outcome.values()))
+    print("\n" + "; ".join(f"{name}: {result}" for name, result in outcome.items()))
+    return int(not all(result.startswith("ok") for result in outcome.values()))
 
 
 if __name__ == "__main__":

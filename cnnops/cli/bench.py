@@ -159,9 +159,7 @@ def _use_cuda(precision: str) -> None:
         raise click.UsageError("--device cuda: this build has no CUDA kernels")
     if not torch.cuda.is_available():
         raise click.UsageError("--device cuda: PyTorch sees no CUDA device")
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
-    torch.backends.cuda.matmul.fp32_precision = precision
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
 
 
 def _with_bar(results: Iterator[dict[str, Any]], entries: Sequence[Entry]) -> Iterator[dict[str, Any]]:

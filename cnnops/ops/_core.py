@@ -246,10 +246,19 @@ def supported(input: Tensor, *tensors: Tensor | None) -> bool:
     return True
 
 
-@functools.cache
 def _capable(device: int | None) -> bool:
+    return _capability(device) >= (8, 0)
+
+
+# For dynamo, which would otherwise put torch's question into the graph. torch.compiler.assume_constant_result does it
+# too, and imports all of the compiler.
+_capable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _capability(device: int | None) -> tuple[int, int]:
     # A fake tensor on "cuda" can live where there is no device at all.
-    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (9, 0)
 
 
 def transparent(kind: type) -> bool:

@@ -93,28 +93,23 @@ __global__ void __launch_bounds__(256) columns_kernel(AdaptiveAvgPool2dParams p)
 template <class T>
 void forward(const AdaptiveAvgPool2dParams& p) {
   static constexpr const char* kName = "adaptive_avg_pool2d_forward";
-  const Strides in = strides_of(p.layout, p.c, p.h, p.w);
   const int64_t count = p.n * p.c * p.p * p.q;
   if (p.p == 1 && p.q == 1 && p.layout == Layout::nchw)
     launch(kName, *p.launch, one_each(count * kWarp), &plane_kernel<T>, p);
   else if (p.p == 1 && p.q == 1 && p.n < 65536)
     launch(kName, *p.launch, Grid{ceil_div(p.c, int64_t{kWarp}), p.n, 1, 256, 256 * sizeof(double)}, &columns_kernel<T>,
            p);
-  else if (packable(p.layout, p.c, kPack<T>, p.in, p.out))
-    launch(kName, *p.launch, one_each(count / kPack<T>), &forward_kernel<T, kPack<T>>, p, in, count / kPack<T>);
   else
-    launch(kName, *p.launch, one_each(count), &forward_kernel<T, 1>, p, in, count);
+    launch_elements<T>(kName, p, count, strides_of(p.layout, p.c, p.h, p.w),
+                       packable(p.layout, p.c, kPack<T>, p.in, p.out), &forward_kernel<T, kPack<T>>,
+                       &forward_kernel<T, 1>);
 }
 
 template <class T>
 void backward(const AdaptiveAvgPool2dParams& p) {
-  static constexpr const char* kName = "adaptive_avg_pool2d_backward";
-  const Strides in = strides_of(p.layout, p.c, p.p, p.q);
-  const int64_t count = p.n * p.c * p.h * p.w;
-  if (packable(p.layout, p.c, kPack<T>, p.in, p.out))
-    launch(kName, *p.launch, one_each(count / kPack<T>), &backward_kernel<T, kPack<T>>, p, in, count / kPack<T>);
-  else
-    launch(kName, *p.launch, one_each(count), &backward_kernel<T, 1>, p, in, count);
+  launch_elements<T>("adaptive_avg_pool2d_backward", p, p.n * p.c * p.h * p.w, strides_of(p.layout, p.c, p.p, p.q),
+                     packable(p.layout, p.c, kPack<T>, p.in, p.out), &backward_kernel<T, kPack<T>>,
+                     &backward_kernel<T, 1>);
 }
 
 }  // namespace

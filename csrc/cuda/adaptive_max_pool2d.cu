@@ -33,13 +33,8 @@ __global__ void __launch_bounds__(256) forward_kernel(AdaptiveMaxPool2dParams p,
 
 template <class T>
 void forward(const AdaptiveMaxPool2dParams& p) {
-  const Strides in = strides_of(p.layout, p.c, p.h, p.w);
-  const int64_t count = p.n * p.c * p.p * p.q;
-  if (packable(p.layout, p.c, kPack<T>, p.x, p.y))
-    launch("adaptive_max_pool2d_forward", *p.launch, one_each(count / kPack<T>), &forward_kernel<T, kPack<T>>, p, in,
-           count / kPack<T>);
-  else
-    launch("adaptive_max_pool2d_forward", *p.launch, one_each(count), &forward_kernel<T, 1>, p, in, count);
+  launch_elements<T>("adaptive_max_pool2d_forward", p, p.n * p.c * p.p * p.q, strides_of(p.layout, p.c, p.h, p.w),
+                     packable(p.layout, p.c, kPack<T>, p.x, p.y), &forward_kernel<T, kPack<T>>, &forward_kernel<T, 1>);
 }
 
 }  // namespace

@@ -61,24 +61,16 @@ __global__ void __launch_bounds__(256) backward_kernel(AvgPool2dParams p, Stride
 
 template <class T>
 void forward(const AvgPool2dParams& p) {
-  const Strides in = strides_of(p.layout, p.c, p.h, p.w);
-  const int64_t count = p.n * p.c * p.p * p.q;
-  if (packable(p.layout, p.c, kPack<T>, p.in, p.out))
-    launch("avg_pool2d_forward", *p.launch, one_each(count / kPack<T>), &forward_kernel<T, kPack<T>>, p, in,
-           count / kPack<T>);
-  else
-    launch("avg_pool2d_forward", *p.launch, one_each(count), &forward_kernel<T, 1>, p, in, count);
+  launch_elements<T>("avg_pool2d_forward", p, p.n * p.c * p.p * p.q, strides_of(p.layout, p.c, p.h, p.w),
+                     packable(p.layout, p.c, kPack<T>, p.in, p.out), &forward_kernel<T, kPack<T>>,
+                     &forward_kernel<T, 1>);
 }
 
 template <class T>
 void backward(const AvgPool2dParams& p) {
-  const Strides in = strides_of(p.layout, p.c, p.p, p.q);
-  const int64_t count = p.n * p.c * p.h * p.w;
-  if (packable(p.layout, p.c, kPack<T>, p.in, p.out))
-    launch("avg_pool2d_backward", *p.launch, one_each(count / kPack<T>), &backward_kernel<T, kPack<T>>, p, in,
-           count / kPack<T>);
-  else
-    launch("avg_pool2d_backward", *p.launch, one_each(count), &backward_kernel<T, 1>, p, in, count);
+  launch_elements<T>("avg_pool2d_backward", p, p.n * p.c * p.h * p.w, strides_of(p.layout, p.c, p.p, p.q),
+                     packable(p.layout, p.c, kPack<T>, p.in, p.out), &backward_kernel<T, kPack<T>>,
+                     &backward_kernel<T, 1>);
 }
 
 }  // namespace

@@ -156,9 +156,9 @@ void multiply(const Conv2dParams& p, const SplitFlags* flags = nullptr) {
   q.depth_first = (p.layout == Layout::nhwc) != (pass == Pass::weight_grad);
   const int64_t blocks = ceil_div(q.rows, kTile) * ceil_div(q.columns, kTile);
   // With flags nearly always nothing is done: one part, so that no second kernel needs to know.
-  q.splits = pass == Pass::weight_grad && !flags ? splits_for(q.depth, blocks * p.groups, 256) : 1;
-  q.split_depth = round_up(ceil_div(q.depth, q.splits), kDepth);
-  q.splits = max64(ceil_div(q.depth, q.split_depth), 1);
+  Splits parts{1, round_up(q.depth, kDepth)};
+  if (pass == Pass::weight_grad && !flags) parts = splits_for(q.depth, blocks * p.groups, 256, kDepth);
+  q.splits = parts.count, q.split_depth = parts.each;
   if (q.splits > 1) q.partial = p.launch->allocate(q.splits * p.k * q.columns * static_cast<int64_t>(sizeof(A)));
   static constexpr const char* kNames[] = {"conv2d_forward", "conv2d_input_grad", "conv2d_weight_grad"};
   const Grid grid{blocks, 1, p.groups * q.splits, kThreads, 2 * kDepth * (kTile + 4) * static_cast<int64_t>(sizeof(A))};
@@ -196,9 +196,7 @@ template <class T>
 void bias_grad(const Conv2dParams& p) {
   using A = compute_t<T>;
   const int64_t pixels = p.n * p.p * p.q, blocks = p.layout == Layout::nhwc ? ceil_div(p.k, int64_t{kWarp}) : p.k;
-  int64_t splits = splits_for(pixels, blocks, 4096);
-  const int64_t each = ceil_div(pixels, splits);
-  splits = ceil_div(pixels, each);
+  const auto [splits, each] = splits_for(pixels, blocks, 4096);
   A* const partial = static_cast<A*>(p.launch->allocate(splits * p.k * static_cast<int64_t>(sizeof(A))));
   launch("conv2d_bias_grad", *p.launch, Grid{blocks * splits, 1, 1, kThreads, kThreads * sizeof(double)},
          &bias_kernel<T>, p, strides_of(p.layout, p.k, p.p, p.q), splits, each, partial);

@@ -23,11 +23,17 @@ struct ConvGroups {
 };
 static inline ConvGroups group_sizes(const Conv2dParams& p) { return {p.c / p.groups, p.k / p.groups}; }
 
-// Parts of a reduction over `terms`, of at least `least` each, so that `blocks` blocks a part fill a large device. From the
-// shape alone, so that results do not depend on the device.
-static inline int64_t splits_for(int64_t terms, int64_t blocks, int64_t least) {
+// Parts of a reduction over `terms`, of about `least` each at least and of a multiple of `multiple`, so that `blocks` blocks
+// a part fill a large device; of no terms, one part of none. From the shape alone, so that results do not depend on the
+// device.
+struct Splits {
+  int64_t count, each;
+};
+static inline Splits splits_for(int64_t terms, int64_t blocks, int64_t least, int64_t multiple = 1) {
   constexpr int64_t kWanted = 528;  // 4 blocks on each of 132 multiprocessors
-  return max64(min64(min64(ceil_div(kWanted, max64(blocks, 1)), terms / least), 65535), 1);
+  const int64_t wanted = max64(min64(min64(ceil_div(kWanted, max64(blocks, 1)), terms / least), 65535), 1);
+  const int64_t each = max64(round_up(ceil_div(terms, wanted), multiple), multiple);
+  return {max64(ceil_div(terms, each), 1), each};
 }
 
 // dw or db from partial sums [split, count], added in the order of the splits; element i of dw counts k, c, r, s.

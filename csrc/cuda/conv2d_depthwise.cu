@@ -132,6 +132,29 @@ constexpr int kStrip = wide     ? (R == 3 ? 4 : 2)
                        : R == 7 ? 4
                                 : 8;
 
+// Reads the numbers that a strip of `rows` results meets, whose first is at (h0, w0) of the source, once, and calls f(t, r, s,
+// numbers) for each row t of the strip that meets them, and its tap.
+template <class T, int V, int R, int stride, int rows, class F>
+__device__ __forceinline__ void go_down(const Strips& g, const T* source, int64_t step, int64_t h0, int64_t w0,
+                                        const F& f) {
+#pragma unroll
+  for (int down = 0; down < (rows - 1) * stride + R; ++down) {
+    const int64_t h = h0 + down;
+    if (h < 0 || h >= g.h) continue;
+#pragma unroll
+    for (int s = 0; s < R; ++s) {
+      if (w0 + s < 0 || w0 + s >= g.w) continue;
+      compute_t<T> v[V];
+      load<T, V>(v, source + (h * g.w + s) * step);
+#pragma unroll
+      for (int t = 0; t < rows; ++t) {
+        const int r = down - t * stride;
+        if (r >= 0 && r < R) f(t, r, s, v);
+      }
+    }
+  }
+}
+
 template <class T, int V, int R, int stride, bool wide>
 __global__ void __launch_bounds__(kThreads, 2) strips_kernel(Conv2dParams p, Strips g) {
   using A = compute_t<T>;
@@ -166,25 +189,11 @@ __global__ void __launch_bounds__(kThreads, 2) strips_kernel(Conv2dParams p, Str
   const T* const source =
       static_cast<const T*>(g.source) + (wide ? n * g.h * g.w * g.c + c : (n * g.c + c) * g.h * g.w) + w0 * step;
   A sum[rows][V] = {};
+  go_down<T, V, R, stride, rows>(g, source, step, h0, w0, [&](int t, int r, int s, const A(&v)[V]) {
 #pragma unroll
-  for (int down = 0; down < (rows - 1) * stride + R; ++down) {
-    const int64_t h = h0 + down;
-    if (h < 0 || h >= g.h) continue;
-#pragma unroll
-    for (int s = 0; s < R; ++s) {
-      if (w0 + s < 0 || w0 + s >= g.w) continue;
-      A v[V];
-      load<T, V>(v, source + (h * g.w + s) * step);
-#pragma unroll
-      for (int t = 0; t < rows; ++t) {
-        const int r = down - t * stride;
-        if (r < 0 || r >= R) continue;
-#pragma unroll
-        for (int i = 0; i < V; ++i)
-          sum[t][i] += v[i] * (wide ? staged[(r * R + s) * g.lanes * V + lane * V + i] : filter[wide ? 0 : r * R + s]);
-      }
-    }
-  }
+    for (int i = 0; i < V; ++i)
+      sum[t][i] += v[i] * (wide ? staged[(r * R + s) * g.lanes * V + lane * V + i] : filter[wide ? 0 : r * R + s]);
+  });
 #pragma unroll
   for (int t = 0; t < rows; ++t) {
     if (p0 + t >= g.p) continue;
@@ -230,24 +239,11 @@ __global__ void __launch_bounds__(kThreads, R* V > 10 ? 1 : 2)
 #pragma unroll
     for (int t = 0; t < rows; ++t)
       if (p0 + t < g.p) load<T, V>(d[t], dy + t * g.q * step);
+    go_down<T, V, R, stride, rows>(g, x, step, h0, w0, [&](int t, int r, int s, const A(&v)[V]) {
+      if (p0 + t >= g.p) return;
 #pragma unroll
-    for (int down = 0; down < (rows - 1) * stride + R; ++down) {
-      const int64_t h = h0 + down;
-      if (h < 0 || h >= g.h) continue;
-#pragma unroll
-      for (int s = 0; s < R; ++s) {
-        if (w0 + s < 0 || w0 + s >= g.w) continue;
-        A v[V];
-        load<T, V>(v, x + (h * g.w + s) * step);
-#pragma unroll
-        for (int t = 0; t < rows; ++t) {
-          const int r = down - t * stride;
-          if (r < 0 || r >= R || p0 + t >= g.p) continue;
-#pragma unroll
-          for (int i = 0; i < V; ++i) sum[r * R + s][i] += d[t][i] * v[i];
-        }
-      }
-    }
+      for (int i = 0; i < V; ++i) sum[r * R + s][i] += d[t][i] * v[i];
+    });
   }
   double* const scratch = shared<double>();
   if constexpr (wide) {  // [line][channel], tap by tap
@@ -358,9 +354,7 @@ void launch_strips_weight_grad(const Conv2dParams& p, S) {
            0,   0,   false, false};
   g.items = g.n * g.strips * g.q;
   const int64_t blocks = S::wide ? ceil_div(g.c, int64_t{kWarp} * V) : g.c;
-  int64_t splits = splits_for(g.items, blocks, lines * 4);
-  const int64_t each = ceil_div(g.items, splits);
-  splits = ceil_div(g.items, each);
+  const auto [splits, each] = splits_for(g.items, blocks, lines * 4);
   A* const partial = static_cast<A*>(p.launch->allocate(splits * g.c * taps * static_cast<int64_t>(sizeof(A))));
   const int64_t doubles = S::wide ? kThreads * V : taps * (kThreads / kWarp);
   launch("conv2d_depthwise_weight_grad", *p.launch,
@@ -419,9 +413,7 @@ void weight_grad(const Conv2dParams& p) {
   const ConvGroups group = group_sizes(p);
   const int64_t pixels = p.n * p.p * p.q, count = p.k * group.c * p.r * p.s;
   const int64_t blocks = p.layout == Layout::nhwc ? ceil_div(p.k, int64_t{kWarp}) : p.k;
-  int64_t splits = splits_for(pixels, blocks * group.c * p.r * p.s, 1024);
-  const int64_t each = ceil_div(pixels, splits);
-  splits = ceil_div(pixels, each);
+  const auto [splits, each] = splits_for(pixels, blocks * group.c * p.r * p.s, 1024);
   A* const partial = static_cast<A*>(p.launch->allocate(splits * count * static_cast<int64_t>(sizeof(A))));
   launch("conv2d_depthwise_weight_grad", *p.launch,
          Grid{blocks * splits, group.c, p.r * p.s, kThreads, kThreads * sizeof(double)}, &weight_grad_kernel<T>, p,

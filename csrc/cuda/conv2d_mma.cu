@@ -141,6 +141,32 @@ __device__ __forceinline__ void multiply_fragments(float (&into)[rows][columns][
     }
 }
 
+template <int rows, int columns>
+__device__ __forceinline__ void add_fragments(float (&sum)[rows][columns][4], const float (&part)[rows][columns][4]) {
+#pragma unroll
+  for (int i = 0; i < rows; ++i)
+#pragma unroll
+    for (int j = 0; j < columns; ++j)
+#pragma unroll
+      for (int k = 0; k < 4; ++k) sum[i][j][k] += part[i][j][k];
+}
+
+// Multiplies step by step, with the tiles of `stages` steps in shared memory. fetch() begins to get a step's numbers, and
+// ends a group of copies, also past the last step; put() stores those that go through registers.
+template <int stages, class Fetch, class Put, class Multiply>
+__device__ __forceinline__ void go_through(int steps, const Fetch& fetch, const Put& put, const Multiply& multiply) {
+#pragma unroll
+  for (int step = 0; step < stages - 1; ++step) fetch(step), put(step);
+  for (int step = 0; step < steps; ++step) {
+    ptx::wait_for_copies<stages - 2>();  // this step's chunks are there, of this thread,
+    __syncthreads();                     // and of all; and the stage that is filled next has been used by all
+    fetch(step + stages - 1);
+    multiply(step);
+    put(step + stages - 1);
+  }
+  ptx::wait_for_copies<0>();
+}
+
 // ---- Forward and the input's gradient
 
 struct Axis {    // one axis of a phase of the result
@@ -334,26 +360,10 @@ __global__ void __launch_bounds__(kThreads, async && !kIsTf32<As> ? 2 : 1) produ
       }
       multiply_fragments<As>(into, a, b, q.all);
     }
-    if constexpr (planes == 3) {
-#pragma unroll
-      for (int i = 0; i < fragments_m; ++i)
-#pragma unroll
-        for (int j = 0; j < fragments_n; ++j)
-#pragma unroll
-          for (int k = 0; k < 4; ++k) sum[i][j][k] += part[i][j][k];
-    }
+    if constexpr (planes == 3) add_fragments(sum, part);
   };
 
-#pragma unroll
-  for (int step = 0; step < stages - 1; ++step) fetch(step), put(step);
-  for (int step = 0; step < steps; ++step) {
-    ptx::wait_for_copies<stages - 2>();  // this step's chunks are there, of this thread,
-    __syncthreads();                     // and of all; and the stage that is filled next has been used by all
-    fetch(step + stages - 1);
-    multiply(step);
-    put(step + stages - 1);
-  }
-  ptx::wait_for_copies<0>();
+  go_through<stages>(steps, fetch, put, multiply);
   if constexpr (planes == 3) seen.report(q.flags, 0);
 
   // Through shared memory, 16 x 32 results of a warp at a time, so that neighbouring threads store neighbours. The loops are
@@ -668,26 +678,10 @@ __global__ void __launch_bounds__(kThreads) weight_kernel(WeightProduct q) {
       }
       multiply_fragments<As>(into, a, b, q.all);
     }
-    if constexpr (planes == 3) {
-#pragma unroll
-      for (int i = 0; i < fragments_m; ++i)
-#pragma unroll
-        for (int j = 0; j < fragments_n; ++j)
-#pragma unroll
-          for (int k = 0; k < 4; ++k) sum[i][j][k] += part[i][j][k];
-    }
+    if constexpr (planes == 3) add_fragments(sum, part);
   };
 
-#pragma unroll
-  for (int step = 0; step < stages - 1; ++step) fetch(step), put(step);
-  for (int step = 0; step < steps; ++step) {
-    ptx::wait_for_copies<stages - 2>();
-    __syncthreads();
-    fetch(step + stages - 1);
-    multiply(step);
-    put(step + stages - 1);
-  }
-  ptx::wait_for_copies<0>();
+  go_through<stages>(steps, fetch, put, multiply);
   if constexpr (planes == 3) {
     seen_x.report(q.flags, 0);
     seen_y.report(q.flags, 1);
@@ -714,9 +708,8 @@ void multiply_weights(const Conv2dParams& p) {
   q.filter_tiles = ceil_div(q.group.k, int64_t{kFilters}), q.channel_tiles = ceil_div(q.group.c, int64_t{kChannels});
   q.all = p.precision == Precision::ieee;
   const int64_t pixels = p.n * p.p * p.q, blocks = q.filter_tiles * q.channel_tiles * p.groups;
-  q.splits = splits_for(pixels, blocks * p.r * p.s, 512);
-  q.split_pixels = round_up(ceil_div(pixels, q.splits), kDepth<As>);
-  q.splits = ceil_div(pixels, q.split_pixels);
+  const Splits parts = splits_for(pixels, blocks * p.r * p.s, 512, kDepth<As>);
+  q.splits = parts.count, q.split_pixels = parts.each;
   const int64_t count = p.k * q.group.c * p.r * p.s;
   q.partial = static_cast<float*>(p.launch->allocate(q.splits * count * static_cast<int64_t>(sizeof(float))));
   if (As::planes == 3) q.flags = new_flags(p);

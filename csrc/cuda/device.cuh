@@ -180,5 +180,13 @@ void launch(const char* name, const Launch& where, const Grid& grid, void (*kern
 #endif
 }
 
+// A kernel with a thread for each of `count` elements, or, of two that differ in that, one for packs of them.
+template <class T, class Params>
+void launch_elements(const char* name, const Params& p, int64_t count, const Strides& strides, bool packs,
+                     void (*kernel_of_packs)(Params, Strides, int64_t), void (*kernel)(Params, Strides, int64_t)) {
+  const int64_t threads = packs ? count / kPack<T> : count;
+  launch(name, *p.launch, one_each(threads), packs ? kernel_of_packs : kernel, p, strides, threads);
+}
+
 }  // namespace
 }  // namespace cnnops

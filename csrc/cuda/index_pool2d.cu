@@ -82,13 +82,9 @@ __global__ void __launch_bounds__(256, 2) gather_kernel(IndexPool2dParams p, Str
 
 template <class T>
 void backward(const IndexPool2dParams& p) {
-  const Strides in = strides_of(p.layout, p.c, p.p, p.q);
-  const int64_t count = p.n * p.c * p.h * p.w;
-  if (packable(p.layout, p.c, kPack<T>, p.in, p.out, p.choice))
-    launch("index_pool2d_backward", *p.launch, one_each(count / kPack<T>), &backward_kernel<T, kPack<T>>, p, in,
-           count / kPack<T>);
-  else
-    launch("index_pool2d_backward", *p.launch, one_each(count), &backward_kernel<T, 1>, p, in, count);
+  launch_elements<T>("index_pool2d_backward", p, p.n * p.c * p.h * p.w, strides_of(p.layout, p.c, p.p, p.q),
+                     packable(p.layout, p.c, kPack<T>, p.in, p.out, p.choice), &backward_kernel<T, kPack<T>>,
+                     &backward_kernel<T, 1>);
 }
 
 template <class T>

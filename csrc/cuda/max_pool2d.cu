@@ -32,13 +32,9 @@ __global__ void __launch_bounds__(256) forward_kernel(MaxPool2dParams p, Strides
 
 template <class T>
 void forward(const MaxPool2dParams& p) {
-  const Strides in = strides_of(p.layout, p.c, p.h, p.w);
-  const int64_t count = p.n * p.c * p.p * p.q;
-  if (packable(p.layout, p.c, kPack<T>, p.x, p.y, p.choice))
-    launch("max_pool2d_forward", *p.launch, one_each(count / kPack<T>), &forward_kernel<T, kPack<T>>, p, in,
-           count / kPack<T>);
-  else
-    launch("max_pool2d_forward", *p.launch, one_each(count), &forward_kernel<T, 1>, p, in, count);
+  launch_elements<T>("max_pool2d_forward", p, p.n * p.c * p.p * p.q, strides_of(p.layout, p.c, p.h, p.w),
+                     packable(p.layout, p.c, kPack<T>, p.x, p.y, p.choice), &forward_kernel<T, kPack<T>>,
+                     &forward_kernel<T, 1>);
 }
 
 }  // namespace

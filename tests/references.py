@@ -404,6 +404,8 @@ CONVOLUTIONS = (
     dict(x=(1, 2, 3, 5), k=3, rs=(2, 2), stride=(4, 5), padding=(1, 0), dilation=(1, 1), groups=1),
     dict(x=(5, 35, 13, 15), k=50, rs=(3, 3), stride=(2, 2), padding=(1, 1), dilation=(1, 1), groups=1),
     dict(x=(8, 20, 14, 13), k=70, rs=(3, 3), stride=(1, 1), padding=(2, 2), dilation=(2, 2), groups=1),
+    dict(x=(2, 3, 19, 13), k=33, rs=(2, 4), stride=(3, 4), padding=(0, 2), dilation=(2, 1), groups=1),
+    dict(x=(1, 7, 70, 10), k=140, rs=(3, 1), stride=(1, 3), padding=(1, 0), dilation=(3, 1), groups=1),
     dict(x=(1, 130, 7, 7), k=150, rs=(1, 1), stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1),
 )
 

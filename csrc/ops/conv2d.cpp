@@ -57,6 +57,13 @@ bool winograd_weight_grad_pays(const Conv2dParams& p) {
   return winograd_pays(p) && p.n * p.p * p.q >= kLeastTerms;
 }
 
+bool has_few_channels(const Conv2dParams& p) {
+  constexpr int64_t kFew = 8, kLeastFilters = 8, kMostColumns = 1024;
+  return p.layout == Layout::nhwc && p.groups == 1 && p.c > 0 && p.c <= kFew && p.k >= kLeastFilters && p.r * p.s > 1 &&
+         p.r * p.s * p.c <= kMostColumns && p.dilation_w == 1 && !p.residual && p.activation == Activation::none &&
+         p.n * p.p * p.q * p.h * p.w > 0;
+}
+
 // NCHW rows much shorter than a tile of pixels: transposing the images costs less than tiles that are not full. Limits as
 // measured on AVX-512 over the layers of resnet50, convnext_tiny and some with kernels of 5x5.
 bool short_rows_pay(const Conv2dParams& p, bool strided_rows_are_short) {

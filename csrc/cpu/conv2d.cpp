@@ -274,6 +274,14 @@ bool covers_output(const Problem<T>& g) {
   return l.osh == 1 && l.osw == 1 && l.columns * l.rows * g.out.w == (g.layout == Layout::nchw ? g.out.c : g.out.n);
 }
 
+// Where pixel i of the lattice lies.
+template <class T>
+int64_t output_offset(const Problem<T>& g, int64_t i) {
+  const Lattice& l = g.lattice;
+  const int64_t line = i / l.columns, row = line % l.rows, column = i % l.columns;
+  return line / l.rows * g.out.n + (l.oh0 + row * l.osh) * g.out.h + (l.ow0 + column * l.osw) * g.out.w;
+}
+
 template <class T>
 void finish_block(const Problem<T>& g, int64_t begin, int64_t pixels, int64_t m0, int64_t m1, const compute_t<T>* sums,
                   int64_t pitch, Run* runs) {
@@ -326,8 +334,9 @@ void compute_block(const Problem<T>& g, const Panels<compute_t<T>>& panels, cons
   const bool in_rows = in_place && l.count == 1 && l.ish == 1 && l.isw == 1 && g.taps[0].dh == 0 && g.taps[0].dw == 0 &&
                        l.columns == g.in_w && l.rows == g.in_h;
   // channels_last: tiles may leave their last sums in the output.
-  const bool direct = __is_same(T, C) && !nchw && !g.residual && g.activation == Activation::none && covers_output(g) &&
-                      panels.begin(last_panel) == m1;
+  const bool one_row = covers_output(g);  // otherwise tiles must not go from one row of the lattice to the next
+  const bool direct = __is_same(T, C) && !nchw && !g.residual && g.activation == Activation::none &&
+                      (one_row || l.columns % kTileRows == 0) && panels.begin(last_panel) == m1;
   const int64_t run_count = find_runs(l.rows, l.columns, begin, pixels, nchw ? kColumns : pixels, runs);
   bool add = false;
   for (int64_t c0 = 0; c0 < g.in_channels; c0 += g.chunk_channels) {
@@ -376,8 +385,11 @@ void compute_block(const Problem<T>& g, const Panels<compute_t<T>>& panels, cons
           TileSums<C> to{sum, pitch, add ? sum : nullptr, pitch};
           if constexpr (__is_same(T, C)) {
             if (direct && !add && g.bias) to.old = g.bias + m, to.old_pitch = 0;
-            if (direct && last_chunk)
-              to.data = g.output + (begin + at) * g.out.w + m, to.pitch = g.out.w, to.stream = g.stream;
+            if (direct && last_chunk) {
+              to.data = g.output + (one_row ? (begin + at) * g.out.w : output_offset(g, begin + at)) + m;
+              to.pitch = l.osw * g.out.w;
+              to.stream = g.stream;
+            }
           }
           if (g.filter_columns) {
             const OffsetRows<C> rows{packed, offset + at, 1, g.strip_pitch};
@@ -434,7 +446,8 @@ void run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
   g.activation = p.activation;
   if (g.pixels() == 0 || g.out_channels == 0) return;
   join_rows(g, g.out);
-  g.stream = covers_output(g) && g.images * g.out.n * static_cast<int64_t>(sizeof(T)) >= kLargeProduct;
+  g.stream = (p.layout == Layout::nhwc || covers_output(g)) &&
+             g.images * g.out.n * static_cast<int64_t>(sizeof(T)) >= kLargeProduct;
   const int64_t count = max64(lattice.count, 1);
   if (p.layout == Layout::nchw) {
     const int64_t chunks = ceil_div(max64(g.in_channels * count, 1), kChunk);

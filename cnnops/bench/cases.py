@@ -128,10 +128,6 @@ class Make:
 # ---- convolution -----------------------------------------------------------------------------------------------------
 
 
-def _four(pad: tuple[int, int]) -> list[int]:
-    return [pad[0], pad[0], pad[1], pad[1]]
-
-
 def _activate(name: str, z: Tensor) -> Tensor:
     """PyTorch's activation, in place where it can be: what a model would do."""
     if name == "none":
@@ -145,7 +141,7 @@ def _activate(name: str, z: Tensor) -> Tensor:
 
 def _conv2d(layer: Layer, pass_: str, n: int, make: Make) -> Case:
     from .. import functional
-    from ..ops.conv2d import conv2d_input_grad, conv2d_weight_grad
+    from ..ops.conv2d import gradients
 
     c, h, w, k, r, s, groups = (layer[key] for key in ("C", "H", "W", "K", "R", "S", "groups"))
     stride, pad, dilation = layer.pair("stride"), layer.pair("pad"), layer.pair("dilation")
@@ -208,7 +204,7 @@ def _conv2d(layer: Layer, pass_: str, n: int, make: Make) -> Case:
             )
 
         return Case(
-            partial(conv2d_input_grad, dy, weight, None, h, w, stride, _four(pad), dilation, groups),
+            lambda: gradients(dy, x, weight, stride, pad, dilation, groups, (True, False, False))[0],
             lambda: aten(dy, x, weight, None, *geometry, [True, False, False])[0],
             input_parts,
             size(dy, weight, x),
@@ -233,9 +229,7 @@ def _conv2d(layer: Layer, pass_: str, n: int, make: Make) -> Case:
         yield Part("weight gradient", dw[ks][:, inner], expected, magnitude, n * p * q)
 
     return Case(
-        partial(
-            conv2d_weight_grad, dy, x, r, s, stride, _four(pad), dilation, groups, make.format is torch.channels_last
-        ),
+        lambda: gradients(dy, x, weight, stride, pad, dilation, groups, (False, True, False))[1],
         lambda: aten(dy, x, weight, None, *geometry, [False, True, False])[1],
         weight_parts,
         size(dy, x, weight),

@@ -95,17 +95,39 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.has_bias = bias is not None
 
 
+def _gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, geometry: Sequence[Any], wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    dx = conv2d_input_grad(dy, weight, None, x.shape[2], x.shape[3], *geometry) if wanted[0] else None
+    dw = None
+    if wanted[1]:
+        dw = conv2d_weight_grad(
+            dy, x, weight.shape[2], weight.shape[3], *geometry, memory_format(weight) is torch.channels_last
+        )
+    return dx, dw, conv2d_bias_grad(dy) if wanted[2] else None
+
+
 def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     x, weight = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    dx = conv2d_input_grad(dy, weight, None, x.shape[2], x.shape[3], *ctx.geometry) if needs[0] else None
-    dw = None
-    if needs[1]:
-        dw = conv2d_weight_grad(
-            dy, x, weight.shape[2], weight.shape[3], *ctx.geometry, memory_format(weight) is torch.channels_last
-        )
-    db = conv2d_bias_grad(dy) if ctx.has_bias and needs[2] else None
-    return dx, dw, db, *[None] * 6
+    wanted = *ctx.needs_input_grad[:2], ctx.has_bias and ctx.needs_input_grad[2]
+    return *_gradients(dy, x, weight, ctx.geometry, wanted), *[None] * 6
+
+
+def gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """What autograd computes of a plain convolution, geometry as the user gave it: dx, dw and db, where wanted."""
+    if not torch.is_grad_enabled() and direct():
+        made = C.conv2d_backward_direct(
+            dy, x, weight, stride, padding, dilation, groups, wanted[0], wanted[1], wanted[2], threads(), precision()
+        )  # fmt: skip
+        if made is not None:
+            return made
+    top, left = pair(padding, "padding", "conv2d")
+    geometry = [
+        pair(stride, "stride", "conv2d"), (top, top, left, left), pair(dilation, "dilation", "conv2d"), groups
+    ]  # fmt: skip
+    return _gradients(dy, x, weight, geometry, wanted)
 
 
 class _Direct(torch.autograd.Function):
@@ -120,21 +142,10 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        if not torch.is_grad_enabled() and direct():
-            wants = ctx.needs_input_grad
-            (x, weight), (stride, padding, dilation, groups) = ctx.saved_tensors, ctx.given
-            made = C.conv2d_backward_direct(
-                dy, x, weight, stride, padding, dilation, groups, wants[0], wants[1], wants[2] and ctx.has_bias,
-                threads(), precision(),
-            )  # fmt: skip
-            if made is not None:
-                return *made, *[None] * 5
+        (x, weight), wants = ctx.saved_tensors, ctx.needs_input_grad
         stride, padding, dilation, groups = ctx.given
-        top, left = pair(padding, "padding", "conv2d")
-        ctx.geometry = [
-            pair(stride, "stride", "conv2d"), (top, top, left, left), pair(dilation, "dilation", "conv2d"), groups
-        ]  # fmt: skip
-        return *_backward(ctx, dy)[:3], *[None] * 5
+        wanted = *wants[:2], wants[2] and ctx.has_bias
+        return *gradients(dy, x, weight, stride, padding, dilation, groups, wanted), *[None] * 5
 
 
 _Direct.__name__ = _Direct.__qualname__ = "conv2d"

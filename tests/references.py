@@ -406,6 +406,9 @@ CONVOLUTIONS = (
     dict(x=(8, 20, 14, 13), k=70, rs=(3, 3), stride=(1, 1), padding=(2, 2), dilation=(2, 2), groups=1),
     dict(x=(2, 3, 19, 13), k=33, rs=(2, 4), stride=(3, 4), padding=(0, 2), dilation=(2, 1), groups=1),
     dict(x=(1, 7, 70, 10), k=140, rs=(3, 1), stride=(1, 3), padding=(1, 0), dilation=(3, 1), groups=1),
+    dict(x=(1, 50, 9, 7), k=70, rs=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1),
+    dict(x=(2, 64, 6, 10), k=49, rs=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1),
+    dict(x=(3, 48, 8, 8), k=51, rs=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1),
     dict(x=(1, 130, 7, 7), k=150, rs=(1, 1), stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1),
 )
 

@@ -8,6 +8,8 @@
 namespace cnnops::CNNOPS_ISA {
 void conv2d_forward_f32(const Conv2dParams& p);
 void conv2d_input_grad_f32(const Conv2dParams& p);
+void conv2d_winograd_forward_f32(const Conv2dParams& p);
+void conv2d_winograd_input_grad_f32(const Conv2dParams& p);
 
 namespace {
 
@@ -78,5 +80,11 @@ void conv2d_short_rows_input_grad_f32(const Conv2dParams& p) {
     q.weight_stride[2] = p.s * p.k * p.c, q.weight_stride[3] = p.k * p.c;
   }
   run(q, conv2d_input_grad_f32, &Conv2dParams::y, p.k, p.p * p.q, &Conv2dParams::x, p.c, p.h * p.w);
+}
+void conv2d_short_rows_winograd_forward_f32(const Conv2dParams& p) {
+  run(p, conv2d_winograd_forward_f32, &Conv2dParams::x, p.c, p.h * p.w, &Conv2dParams::y, p.k, p.p * p.q);
+}
+void conv2d_short_rows_winograd_input_grad_f32(const Conv2dParams& p) {
+  run(p, conv2d_winograd_input_grad_f32, &Conv2dParams::y, p.k, p.p * p.q, &Conv2dParams::x, p.c, p.h * p.w);
 }
 }  // namespace cnnops::CNNOPS_ISA

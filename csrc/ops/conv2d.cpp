@@ -51,6 +51,13 @@ bool winograd_pays(const Conv2dParams& p) {
          p.k / p.groups >= kLeastChannels && p.n > 0 && 3 * p.h * p.w >= 2 * computed;
 }
 
+// NCHW: channels fill register tiles better than pixels do, unless there are so many tiles that the copies leave the caches.
+bool short_rows_winograd_pays(const Conv2dParams& p) {
+  constexpr int64_t kLeastChannels = 48, kMostTiles = 16384;
+  return p.layout == Layout::nchw && p.groups == 1 && min64(p.c, p.k) >= kLeastChannels && winograd_pays(p) &&
+         p.n * ((p.h + 1) / 2) * ((p.w + 1) / 2) <= kMostTiles;
+}
+
 // Where there are few products to add up, the transforms' roundings would be the larger part of the error.
 bool winograd_weight_grad_pays(const Conv2dParams& p) {
   constexpr int64_t kLeastTerms = 700;

@@ -8,8 +8,8 @@
 namespace cnnops::CNNOPS_ISA {
 void conv2d_forward_f32(const Conv2dParams& p);
 void conv2d_input_grad_f32(const Conv2dParams& p);
-void conv2d_winograd_forward_f32(const Conv2dParams& p);
-void conv2d_winograd_input_grad_f32(const Conv2dParams& p);
+// With the shorter running sums of NCHW.
+void conv2d_winograd_exactly(const Conv2dParams& p, bool transposed);
 
 namespace {
 
@@ -82,9 +82,11 @@ void conv2d_short_rows_input_grad_f32(const Conv2dParams& p) {
   run(q, conv2d_input_grad_f32, &Conv2dParams::y, p.k, p.p * p.q, &Conv2dParams::x, p.c, p.h * p.w);
 }
 void conv2d_short_rows_winograd_forward_f32(const Conv2dParams& p) {
-  run(p, conv2d_winograd_forward_f32, &Conv2dParams::x, p.c, p.h * p.w, &Conv2dParams::y, p.k, p.p * p.q);
+  const auto kernel = [](const Conv2dParams& q) { conv2d_winograd_exactly(q, false); };
+  run(p, kernel, &Conv2dParams::x, p.c, p.h * p.w, &Conv2dParams::y, p.k, p.p * p.q);
 }
 void conv2d_short_rows_winograd_input_grad_f32(const Conv2dParams& p) {
-  run(p, conv2d_winograd_input_grad_f32, &Conv2dParams::y, p.k, p.p * p.q, &Conv2dParams::x, p.c, p.h * p.w);
+  const auto kernel = [](const Conv2dParams& q) { conv2d_winograd_exactly(q, true); };
+  run(p, kernel, &Conv2dParams::y, p.k, p.p * p.q, &Conv2dParams::x, p.c, p.h * p.w);
 }
 }  // namespace cnnops::CNNOPS_ISA

@@ -77,6 +77,7 @@ struct Problem {
   const T* input;
   const T* weight;
   int64_t stride_m, stride_c, stride_r, stride_s;
+  int64_t flush;  // terms of one running sum
   T* output;
   bool stream;  // around the caches
   const T* bias;
@@ -363,13 +364,13 @@ void multiply(const Problem<T>& g, const Panels<compute_t<T>>& panels, int64_t f
           const int vecs = static_cast<int>(min64(kTileVecs, ceil_div(tiles - t, lanes<C>)));
           gemm_tile<C>(static_cast<int>(min64(kTileRows, g.out_channels - panels.begin(panel))), vecs,
                        PackedRows<C>{filters}, v + f * step + t, kTiles, channels, 1, m + f * m_step + at * m_pitch + t,
-                       m_pitch, chunk > 0, kFlush);
+                       m_pitch, chunk > 0, g.flush);
         }
       } else {
         for (int64_t t = 0; t < tiles; t += kTileRows)
           gemm_tile<C>(static_cast<int>(min64(kTileRows, tiles - t)), static_cast<int>(width / lanes<C>),
                        PitchedRows<C>{v + f * step + t * pitch, pitch}, filters, width, channels, 1,
-                       m + f * m_step + t * m_pitch + at, m_pitch, chunk > 0);
+                       m + f * m_step + t * m_pitch + at, m_pitch, chunk > 0, g.flush);
       }
     }
   }
@@ -377,9 +378,10 @@ void multiply(const Problem<T>& g, const Panels<compute_t<T>>& panels, int64_t f
 
 // Returns whether the data was fit for it; if not, the output is not to be used.
 template <class T>
-bool run(const Conv2dParams& p, bool transposed) {
+bool run(const Conv2dParams& p, bool transposed, int64_t flush) {
   using C = compute_t<T>;
   Problem<T> g{};
+  g.flush = flush;
   g.layout = p.layout;
   g.flip = transposed;
   g.images = p.n;
@@ -541,14 +543,16 @@ CNNOPS_DIRECT(bf16, bf16)
 CNNOPS_DIRECT(f16, f16)
 #undef CNNOPS_DIRECT
 
+int64_t flush_of(const Conv2dParams& p) { return p.layout == Layout::nchw ? kFlush : kNeverFlush; }
+
 template <class T>
 void forward(const Conv2dParams& p) {
-  if (!run<T>(p, false)) direct_forward(static_cast<T*>(nullptr), p);
+  if (!run<T>(p, false, flush_of(p))) direct_forward(static_cast<T*>(nullptr), p);
 }
 
 template <class T>
 void input_grad(const Conv2dParams& p) {
-  if (!run<T>(p, true)) direct_input_grad(static_cast<T*>(nullptr), p);
+  if (!run<T>(p, true, flush_of(p))) direct_input_grad(static_cast<T*>(nullptr), p);
 }
 
 }  // namespace
@@ -560,5 +564,10 @@ CNNOPS_EXPORT_WINOGRAD(float, f32)
 CNNOPS_EXPORT_WINOGRAD(bf16, bf16)
 CNNOPS_EXPORT_WINOGRAD(f16, f16)
 #undef CNNOPS_EXPORT_WINOGRAD
+
+void conv2d_winograd_exactly(const Conv2dParams& p, bool transposed) {
+  if (run<float>(p, transposed, kFlush)) return;
+  transposed ? direct_input_grad(static_cast<float*>(nullptr), p) : direct_forward(static_cast<float*>(nullptr), p);
+}
 
 }  // namespace cnnops::CNNOPS_ISA

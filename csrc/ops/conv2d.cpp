@@ -60,7 +60,7 @@ bool short_rows_winograd_pays(const Conv2dParams& p) {
 
 // Where there are few products to add up, the transforms' roundings would be the larger part of the error.
 bool winograd_weight_grad_pays(const Conv2dParams& p) {
-  constexpr int64_t kLeastTerms = 700;
+  constexpr int64_t kLeastTerms = 1600;
   return winograd_pays(p) && p.n * p.p * p.q >= kLeastTerms;
 }
 

@@ -565,7 +565,9 @@ void input_grad(const Conv2dParams& p) {
 
 // ---- Gradient of the weights -----------------------------------------------------------------------------------------
 
-constexpr int64_t kGradPixels = 128;   // pixels of a chunk, at least one row: a panel of dy, 24 KB, stays in L1
+constexpr int64_t kGradPixels = 128;  // pixels of a chunk, at least one row: a panel of dy, 24 KB, stays in L1
+constexpr int64_t kGradFlush =
+    24;  // terms of a running sum in channels_last, where PyTorch's own error is the lower one
 constexpr int64_t kGradChannels = 64;  // input channels of a task
 constexpr int64_t kGradFilters = 192;  // output channels of a task: with the chunk, 98 KB of dy
 constexpr int64_t kMaxSlices = 32;
@@ -743,7 +745,7 @@ void weight_grad(const Conv2dParams& p) {
       const bool nchw = p.layout == Layout::nchw;
       const int64_t step_c = nchw ? g.strip_rows * g.strip_columns : 1;
       const int64_t step_w = nchw ? 1 : channels, step_h = g.strip_columns * step_w;
-      const int64_t terms = channels * taps;
+      const int64_t terms = channels * taps, flush = nchw ? kNeverFlush : kGradFlush;
       for (int64_t i = 0; i < terms; ++i) {
         const int64_t c = g.tap_first ? i % channels : i / taps, t = g.tap_first ? i / channels : i % taps;
         offset[i] = c * step_c + t / p.s * p.dilation_h * step_h + t % p.s * p.dilation_w * step_w;
@@ -761,10 +763,10 @@ void weight_grad(const Conv2dParams& p) {
             C* const to = sums + i * g.filter_pitch + k;
             if (neighbours(offset + i, tile_rows))
               gemm_tile<C>(tile_rows, vecs, ColumnRows<C>{strip + offset[i], p.stride_w * step_w, p.stride_h * step_h},
-                           filters + k, pitch, p.q, rows, to, g.filter_pitch, chunk > first);
+                           filters + k, pitch, p.q, rows, to, g.filter_pitch, chunk > first, flush);
             else
               gemm_tile<C>(tile_rows, vecs, OffsetRows<C>{strip, offset + i, p.stride_w * step_w, p.stride_h * step_h},
-                           filters + k, pitch, p.q, rows, to, g.filter_pitch, chunk > first);
+                           filters + k, pitch, p.q, rows, to, g.filter_pitch, chunk > first, flush);
           }
         }
       }

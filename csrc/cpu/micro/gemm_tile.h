@@ -68,12 +68,13 @@ struct TileSums {
 };
 
 // b advances by b_step from one kk to the next, through all runs. Sums are added to the old ones when they are finished: the
-// rounding error of many such tiles is near that of one. For the same reason sums of more than `flush` terms of a run are
+// rounding error of many such tiles is near that of one. For the same reason sums of `flush` terms, or up to a run more, are
 // put aside, which costs about 2 / flush of the time.
 template <int kRows, int kVecs, class C, class Rows>
 void gemm_tile(Rows a, const C* b, int64_t b_step, int64_t len, int64_t runs, const TileSums<C>& c, int64_t flush) {
   vec<C> sum[kRows][kVecs] = {}, aside[kRows][kVecs];
   bool flushed = false;
+  int64_t terms = 0;  // of the running sums
   for (int64_t run = 0; run < runs; ++run, a.base += a.run) {
     for (int64_t begin = 0; begin < len;) {
       const int64_t end = begin + flush < len ? begin + flush : len;
@@ -88,9 +89,10 @@ void gemm_tile(Rows a, const C* b, int64_t b_step, int64_t len, int64_t runs, co
           for (int v = 0; v < kVecs; ++v) sum[i][v] += av * bv[v];
         }
       }
+      terms += end - begin;
       begin = end;
-      if (begin == len && run == runs - 1) break;
-      if (begin == len && flush >= len) break;
+      if (begin == len && (run == runs - 1 || terms < flush)) break;
+      terms = 0;
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4

@@ -402,13 +402,13 @@ CONVOLUTIONS = (
     dict(x=(9, 24, 7, 5), k=40, rs=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1),
     dict(x=(11, 8, 6, 9), k=20, rs=(3, 5), stride=(2, 2), padding=(1, 3), dilation=(1, 2), groups=1),
     dict(x=(1, 2, 3, 5), k=3, rs=(2, 2), stride=(4, 5), padding=(1, 0), dilation=(1, 1), groups=1),
-    dict(x=(5, 35, 13, 15), k=50, rs=(3, 3), stride=(2, 2), padding=(1, 1), dilation=(1, 1), groups=1),
-    dict(x=(8, 20, 14, 13), k=70, rs=(3, 3), stride=(1, 1), padding=(2, 2), dilation=(2, 2), groups=1),
+    dict(x=(2, 35, 13, 15), k=18, rs=(3, 3), stride=(2, 2), padding=(1, 1), dilation=(1, 1), groups=1),
+    dict(x=(6, 16, 14, 13), k=17, rs=(3, 3), stride=(1, 1), padding=(2, 2), dilation=(2, 2), groups=1),
     dict(x=(2, 3, 19, 13), k=33, rs=(2, 4), stride=(3, 4), padding=(0, 2), dilation=(2, 1), groups=1),
     dict(x=(1, 7, 70, 10), k=140, rs=(3, 1), stride=(1, 3), padding=(1, 0), dilation=(3, 1), groups=1),
     dict(x=(1, 50, 9, 7), k=70, rs=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1),
-    dict(x=(2, 64, 6, 10), k=49, rs=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1),
-    dict(x=(3, 48, 8, 8), k=51, rs=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1),
+    dict(x=(1, 64, 6, 10), k=49, rs=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1),
+    dict(x=(2, 48, 6, 6), k=50, rs=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1),
     dict(x=(1, 130, 7, 7), k=150, rs=(1, 1), stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1),
 )
 

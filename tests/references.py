@@ -393,8 +393,8 @@ CONVOLUTIONS = (
     dict(x=(1, 33, 12, 13), k=33, rs=(3, 3), stride=(1, 1), padding=(4, 4), dilation=(4, 4), groups=33),
     dict(x=(1, 32, 3, 2), k=32, rs=(7, 5), stride=(3, 3), padding=(3, 2), dilation=(1, 1), groups=32),
     dict(x=(1, 4, 6, 6), k=8, rs=(3, 3), stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=4),
-    dict(x=(1, 17, 23, 40), k=50, rs=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1),
-    dict(x=(7, 33, 11, 13), k=70, rs=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1),
+    dict(x=(1, 17, 41, 40), k=18, rs=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1),
+    dict(x=(12, 33, 11, 13), k=20, rs=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1),
     dict(x=(3, 150, 7, 7), k=40, rs=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1),
     dict(x=(2, 48, 9, 6), k=64, rs=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=2),
     dict(x=(3, 70, 1, 1), k=37, rs=(1, 1), stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1),
@@ -408,6 +408,7 @@ CONVOLUTIONS = (
     dict(x=(1, 7, 70, 10), k=140, rs=(3, 1), stride=(1, 3), padding=(1, 0), dilation=(3, 1), groups=1),
     dict(x=(1, 50, 9, 7), k=70, rs=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1),
     dict(x=(1, 64, 6, 10), k=49, rs=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1),
+    dict(x=(25, 16, 8, 9), k=21, rs=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1),
     dict(x=(2, 48, 6, 6), k=50, rs=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1),
     dict(x=(1, 130, 7, 7), k=150, rs=(1, 1), stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1),
 )

@@ -670,6 +670,7 @@ void compute_block(const Problem<T>& g, const DotPanels& panels, const uint16_t*
     }
     unfit |= !watch.fits();
   }
+  if (g.out.stream) end_streaming();
 }
 
 // Whether the result is right; otherwise it must be computed without splitting.
@@ -690,7 +691,10 @@ bool run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
   const Strides out = transposed ? strides_of(p.layout, p.c, p.h, p.w) : strides_of(p.layout, p.k, p.p, p.q);
   if (g.pixels() == 0 || g.out_channels == 0) return true;
   join_rows(g, out);
-  g.out = {p.layout, g.lattice, out, nullptr, nullptr, nullptr, p.activation};
+  // channels_last gains nothing: half as large as float32's, the output is the smaller part of what is moved.
+  const bool stream = nchw && g.lattice.rows * g.lattice.columns * out.w == out.c &&
+                      g.images * out.n * static_cast<int64_t>(sizeof(T)) >= kLargeProduct;
+  g.out = {p.layout, g.lattice, out, nullptr, nullptr, nullptr, p.activation, stream};
   constexpr int64_t kChunk = dot_chunk(kProducts);
   // Taps share what a strip holds, so several taps of fewer channels make a chunk.
   const int64_t most_channels = needs_strip(g) ? kChunk / 2 : kChunk;

@@ -373,7 +373,7 @@ void filter_nchw(const Conv2dParams& p, bool transposed) {
 
 // ---- Weight gradient -------------------------------------------------------------------------------------------------
 
-constexpr int64_t kFlushPixels = 1024;  // of one tap, added up in the compute type before they go to a float64 sum
+constexpr int64_t kFlushPixels = 192;  // of one tap, added up in the compute type before they go to a float64 sum
 constexpr int64_t kCorrelateBytes = 24 << 10;  // of x and dy: most of L1
 
 // The forward lattice's taps as runs, and how the images are cut.

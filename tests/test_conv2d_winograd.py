@@ -53,7 +53,7 @@ def truth(name: str, x: Tensor, w: Tensor, dy: Tensor) -> Tensor:
 
 
 def tensors(
-    format: torch.memory_format, n: int = 3, c: int = 40, k: int = 56, h: int = 20, w: int = 17
+    format: torch.memory_format, n: int = 5, c: int = 40, k: int = 56, h: int = 20, w: int = 17
 ) -> list[Tensor]:
     shapes = ((n, c, h, w), (k, c, 3, 3), (n, k, h, w))
     return [torch.randn(s).contiguous(memory_format=format) for s in shapes]

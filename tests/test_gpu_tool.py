@@ -35,9 +35,11 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def run(code: str, **environment: str) -> str:
-    path = os.pathsep.join((str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")))
+    built = [ROOT] if Path(C.__file__).parent == ROOT / "cnnops" else []  # else cnnops is installed
+    path = os.pathsep.join(str(p) for p in (*built, ROOT / "tests", ROOT / "tools"))
+    environment = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", **environment}
     found = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path, **environment}, capture_output=True,
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True,
         text=True, check=True,
     )  # fmt: skip
     return found.stdout

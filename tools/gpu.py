@@ -20,6 +20,7 @@ CPU, the rows emulated.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import math
@@ -46,14 +47,22 @@ BENCHES = {
 }
 
 
+def paths() -> list[str]:
+    """Where Python finds cnnops and the tests: in the source tree once it is built there, or else installed."""
+    built = any((ROOT / "cnnops").glob("_C.*.so"))
+    return [str(path) for path in ((ROOT, ROOT / "tests") if built else (ROOT / "tests",))]
+
+
 def run(seconds: float, *command: str, **environment: str) -> int:
     """The exit code; 124 where the command had to be stopped."""
     print("+", " ".join(command), flush=True)
-    path = os.pathsep.join(str(p) for p in (ROOT, ROOT / "tests"))
-    # A session of its own, so that what the command started is stopped with it.
+    # Not the folder that it runs in: see paths().
+    environment = {"PYTHONPATH": os.pathsep.join(paths()), "PYTHONSAFEPATH": "1", **environment}
+    # A session of its own, to be stopped with what it started. A shell's background jobs ignore SIGINT.
     process = subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path, **environment}, start_new_session=True
-    )
+        command, cwd=ROOT, env={**os.environ, **environment}, start_new_session=True,
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -246,7 +255,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "gpu", help="where results go")
     options = parser.parse_args(arguments)
     options.limit = {**LIMITS, "rows": 40.0, **options.limit}
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    sys.path[:0] = paths()
     if options.part == "rows":
         return rows(options)
     outcome = {}

@@ -190,6 +190,23 @@ def test_sanitizers_are_given_the_rows(
     assert lines == [f"under {t}: tools/gpu.py rows cpu" for t in tool.SANITIZERS]
 
 
+def test_what_was_built_is_found_by_the_parts_that_follow(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "cnnops").mkdir()
+    monkeypatch.setattr(tool, "ROOT", tmp_path)
+    seen = {}
+
+    def missing(part: str, device: str) -> str:
+        seen[part] = str(tmp_path) in sys.path
+        return "" if part == "build" else "not now"
+
+    monkeypatch.setattr(tool, "missing", missing)
+    monkeypatch.setattr(tool, "build", lambda options: (tmp_path / "cnnops" / "_C.abi.so").touch() or 0)
+    assert tool.main(["--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert seen == {"build": False, "test": True, "sanitize": True, "bench": True}
+
+
 def test_the_suite_is_run_where_it_says(
     tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, tmp_path: Path
 ) -> None:

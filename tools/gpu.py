@@ -53,6 +53,12 @@ def paths() -> list[str]:
     return [str(path) for path in ((ROOT, ROOT / "tests") if built else (ROOT / "tests",))]
 
 
+def find_packages() -> None:
+    """For this process. To be called again after a build."""
+    sys.path[:0] = [path for path in paths() if path not in sys.path]
+    importlib.invalidate_caches()
+
+
 def run(seconds: float, *command: str, **environment: str) -> int:
     """The exit code; 124 where the command had to be stopped."""
     print("+", " ".join(command), flush=True)
@@ -255,12 +261,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "gpu", help="where results go")
     options = parser.parse_args(arguments)
     options.limit = {**LIMITS, "rows": 40.0, **options.limit}
-    sys.path[:0] = paths()
     if options.part == "rows":
+        find_packages()
         return rows(options)
     outcome = {}
     for name in parts if options.part == "all" else (options.part,):
         began = time.monotonic()
+        find_packages()
         if reason := missing(name, options.device):
             outcome[name] = f"left out: {reason}"
         else:

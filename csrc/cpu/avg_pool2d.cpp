@@ -7,6 +7,7 @@
 #include <omp.h>
 
 #include "cpu/pool_rows.h"
+#include "cpu/simd/stream.h"
 
 namespace cnnops::CNNOPS_ISA {
 namespace {

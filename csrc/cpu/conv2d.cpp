@@ -565,9 +565,8 @@ void input_grad(const Conv2dParams& p) {
 
 // ---- Gradient of the weights -----------------------------------------------------------------------------------------
 
-constexpr int64_t kGradPixels = 128;  // pixels of a chunk, at least one row: a panel of dy, 24 KB, stays in L1
-constexpr int64_t kGradFlush =
-    24;  // terms of a running sum in channels_last, where PyTorch's own error is the lower one
+constexpr int64_t kGradPixels = 128;   // pixels of a chunk, at least one row: a panel of dy, 24 KB, stays in L1
+constexpr int64_t kGradFlush = 24;     // terms of a running sum in channels_last, as kFlush
 constexpr int64_t kGradChannels = 64;  // input channels of a task
 constexpr int64_t kGradFilters = 192;  // output channels of a task: with the chunk, 98 KB of dy
 constexpr int64_t kMaxSlices = 32;

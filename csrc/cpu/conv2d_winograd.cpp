@@ -545,14 +545,22 @@ CNNOPS_DIRECT(f16, f16)
 
 int64_t flush_of(const Conv2dParams& p) { return p.layout == Layout::nchw ? kFlush : kNeverFlush; }
 
+// What is not fit for it is computed again by the direct kernel.
+template <class T>
+void filter(const Conv2dParams& p, bool transposed, int64_t flush) {
+  T* const type = nullptr;
+  if (run<T>(p, transposed, flush)) return;
+  transposed ? direct_input_grad(type, p) : direct_forward(type, p);
+}
+
 template <class T>
 void forward(const Conv2dParams& p) {
-  if (!run<T>(p, false, flush_of(p))) direct_forward(static_cast<T*>(nullptr), p);
+  filter<T>(p, false, flush_of(p));
 }
 
 template <class T>
 void input_grad(const Conv2dParams& p) {
-  if (!run<T>(p, true, flush_of(p))) direct_input_grad(static_cast<T*>(nullptr), p);
+  filter<T>(p, true, flush_of(p));
 }
 
 }  // namespace
@@ -565,9 +573,6 @@ CNNOPS_EXPORT_WINOGRAD(bf16, bf16)
 CNNOPS_EXPORT_WINOGRAD(f16, f16)
 #undef CNNOPS_EXPORT_WINOGRAD
 
-void conv2d_winograd_exactly(const Conv2dParams& p, bool transposed) {
-  if (run<float>(p, transposed, kFlush)) return;
-  transposed ? direct_input_grad(static_cast<float*>(nullptr), p) : direct_forward(static_cast<float*>(nullptr), p);
-}
+void conv2d_winograd_exactly(const Conv2dParams& p, bool transposed) { filter<float>(p, transposed, kFlush); }
 
 }  // namespace cnnops::CNNOPS_ISA

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "common/scratch.h"
-#include "cpu/simd/stream.h"
+#include "cpu/simd/vec.h"
 #include "ops/pool2d.h"
 
 namespace cnnops::CNNOPS_ISA {

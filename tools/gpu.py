@@ -20,6 +20,7 @@ CPU, the rows emulated.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import json
@@ -77,11 +78,11 @@ def run(seconds: float, *command: str, **environment: str) -> int:
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGINT)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE)
-            except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):  # nobody is left
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            process.wait()
 
 
 def missing(part: str, device: str) -> str:

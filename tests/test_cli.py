@@ -251,7 +251,8 @@ def test_summary_command(tmp_path: Path) -> None:
 # ---- suites ----------------------------------------------------------------------------------------------------------
 
 # Layers, multiply-adds of one image and convolution weights, without fully connected layers and biases: those of the
-# published networks (resnet50: 4.09 G with its classifier's 2.05 M; vgg16: 15.47 G; mobilenet_v2: 0.30 G).
+# published networks (resnet50: 4.09 G with its classifier's 2.05 M; vgg16: 15.47 G; mobilenet_v2: 0.30 G); of `memory`,
+# what its lines amount to.
 KNOWN = {
     "resnet50": (
         {"conv2d": 53, "batch_norm": 53, "max_pool2d": 1, "adaptive_avg_pool2d": 1}, 4_087_136_256, 23_454_912,
@@ -261,6 +262,13 @@ KNOWN = {
     "efficientnet_b0": ({"conv2d": 81, "batch_norm": 49, "adaptive_avg_pool2d": 17}, 384_534_752, 3_956_192),
     "convnext_tiny": ({"conv2d": 22, "adaptive_avg_pool2d": 1}, 292_965_120, 1_877_472),
     "unet": ({"conv2d": 19, "conv_transpose2d": 4, "batch_norm": 18, "max_pool2d": 4}, 48_171_581_440, 31_024_960),
+    "memory": (
+        {
+            "batch_norm": 11, "max_pool2d": 6, "avg_pool2d": 5, "adaptive_avg_pool2d": 2, "adaptive_max_pool2d": 1,
+            "median_pool2d": 4, "conv2d": 7, "locally_connected2d": 3,
+        },
+        82_878_208, 34_541_008,
+    ),
 }  # fmt: skip
 
 

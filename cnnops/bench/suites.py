@@ -1,4 +1,4 @@
-"""Layers to time: the text files in ``suites/``, one line per distinct layer of a network.
+"""Layers to time: the text files in ``suites/``, one line per distinct layer of a network (``memory`` is no network).
 
 A line is the op's name and ``key=value`` pairs, e.g. ::
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 
-SUITES = ("resnet50", "vgg16", "mobilenet_v2", "efficientnet_b0", "convnext_tiny", "unet")
+SUITES = ("resnet50", "vgg16", "mobilenet_v2", "efficientnet_b0", "convnext_tiny", "unet", "memory")
 
 # The keys of each op in the order they are written, and what a left-out one means (None: it must be there).
 KEYS: dict[str, dict[str, int | str | None]] = {

@@ -1,7 +1,7 @@
 """Page faults and memory of a training step: python benchmarks/memory.py resnet50 --batch 8
 
-PyTorch's and cnnops' (after ``cnnops.convert_``) in a process each, both memory formats: the faults of a step after some to
-warm up, and the most memory that was resident at any time. Needs torchvision, and pillow, which it imports.
+PyTorch's and cnnops' (after ``cnnops.convert_``) in a process each, both memory formats: faults of a step after some
+that warm up, and the most memory that was resident. Needs torchvision, and pillow, which it imports.
 """
 
 from __future__ import annotations
@@ -57,11 +57,10 @@ def main(names: tuple[str, ...], batch: int, steps: int, file: Path | None) -> N
                     found.append(pool.apply(measure, (name, layout, ours, batch, steps)))
             theirs, mine = found
             entries.append(dict(model=name, batch=batch, layout=layout, pytorch=theirs, cnnops=mine))
-            print(
-                f"| {name} | {layout} | {theirs['faults']:,.0f} | {mine['faults']:,.0f} | {theirs['peak_rss'] / 1e6:,.0f}"
-                f" | {mine['peak_rss'] / 1e6:,.0f} | {mine['peak_rss'] / theirs['peak_rss']:.2f} |",
-                flush=True,
-            )
+            faults = [f"{side['faults']:,.0f}" for side in found]
+            peaks = [f"{side['peak_rss'] / 1e6:,.0f}" for side in found]
+            ratio = f"{mine['peak_rss'] / theirs['peak_rss']:.2f}"
+            print("|", " | ".join((name, layout, *faults, *peaks, ratio)), "|", flush=True)
     if file:
         file.write_text(json.dumps(entries, indent=1) + "\n")
 

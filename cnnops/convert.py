@@ -20,7 +20,12 @@ _NAMES = (
     "BatchNorm2d",
     "Conv2d",
     "ConvTranspose2d",
+    "GELU",
+    "Hardswish",
     "MaxPool2d",
+    "ReLU",
+    "ReLU6",
+    "SiLU",
 )
 _TO_CNNOPS: dict[type, type] = {getattr(torch.nn, name): getattr(nn, name) for name in _NAMES}
 _TO_TORCH: dict[type, type] = {ours: torchs for torchs, ours in _TO_CNNOPS.items()}
@@ -47,7 +52,7 @@ class Skipped(NamedTuple):
 class Report:
     """What :func:`convert_` or :func:`revert_` did. Prints as a table.
 
-    >>> report = cnnops.convert_(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU()))
+    >>> report = cnnops.convert_(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Tanh()))
     >>> [(name, before.__module__, after.__module__) for name, before, after in report.swapped]
     [('0', 'torch.nn.modules.conv', 'cnnops.nn')]
     """
@@ -72,9 +77,10 @@ def convert_(model: torch.nn.Module, filter_fn: Filter | None = None) -> Report:
     """Makes a model compute with cnnops, in place: each layer of torch.nn that cnnops has becomes cnnops's.
 
     Only ``module.__class__`` changes, and only where it is exactly ``torch.nn.Conv2d``, ``ConvTranspose2d``,
-    ``MaxPool2d``, ``AvgPool2d``, ``AdaptiveAvgPool2d``, ``AdaptiveMaxPool2d`` or ``BatchNorm2d``. So parameters and
-    the optimizers that hold them, buffers, hooks, shared layers, ``state_dict`` keys, ``isinstance``, pickling and
-    copying stay as they were. A layer with parametrizations (``torch.nn.utils.parametrizations``) keeps them.
+    ``MaxPool2d``, ``AvgPool2d``, ``AdaptiveAvgPool2d``, ``AdaptiveMaxPool2d``, ``BatchNorm2d``, or ``ReLU``, ``ReLU6``,
+    ``SiLU``, ``Hardswish`` or ``GELU`` (these for the memory of their results alone). So parameters and the optimizers
+    that hold them, buffers, hooks, shared layers, ``state_dict`` keys, ``isinstance``, pickling and copying stay as
+    they were. A layer with parametrizations (``torch.nn.utils.parametrizations``) keeps them.
 
     Left alone, with the reason in the report: subclasses (their ``forward`` may differ), lazy layers (run a batch
     through the model, then convert again), quantized layers, ``SyncBatchNorm``, TorchScript modules, and layers whose
@@ -95,7 +101,7 @@ def convert_(model: torch.nn.Module, filter_fn: Filter | None = None) -> Report:
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
         >>> len(cnnops.convert_(model).swapped), type(model[0]).__module__
-        (2, 'cnnops.nn')
+        (3, 'cnnops.nn')
         >>> model(torch.randn(2, 3, 16, 16)).shape
         torch.Size([2, 8, 16, 16])
     """

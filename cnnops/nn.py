@@ -31,6 +31,7 @@ from . import functional as CF
 from .ops._activation import index as _check_activation
 from .ops._core import pair
 from .ops._padding import resolve
+from .ops.activation import activation_layer
 
 _Ints = int | Sequence[int]
 
@@ -546,18 +547,153 @@ class LocallyConnected2d(torch.nn.Module):
         return text
 
 
+class ReLU(torch.nn.ReLU):
+    """``max(x, 0)``: :class:`torch.nn.ReLU`.
+
+    Computed by PyTorch; large results and gradients are in pooled memory (:mod:`cnnops.memory`).
+
+    Args:
+        inplace: whether the result takes the place of the input.
+
+    Shape:
+        - input and output: the same, any
+
+    Raises:
+        RuntimeError or NotImplementedError, as PyTorch.
+
+    Example:
+        >>> nn.ReLU()(torch.tensor([-1.0, 0.0, 8.0]))
+        tensor([0., 0., 8.])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return _leaf(self, input)
+        y = activation_layer("relu", input, self.inplace)
+        return super().forward(input) if y is None else y
+
+
+class ReLU6(torch.nn.ReLU6):
+    """``min(max(x, 0), 6)``: :class:`torch.nn.ReLU6`.
+
+    Computed by PyTorch; large results and gradients are in pooled memory (:mod:`cnnops.memory`).
+
+    Args:
+        inplace: whether the result takes the place of the input.
+
+    Shape:
+        - input and output: the same, any
+
+    Raises:
+        RuntimeError or NotImplementedError, as PyTorch.
+
+    Example:
+        >>> nn.ReLU6()(torch.tensor([-1.0, 0.0, 8.0]))
+        tensor([0., 0., 6.])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return _leaf(self, input)
+        y = activation_layer("relu6", input, self.inplace)
+        return super().forward(input) if y is None else y
+
+
+class SiLU(torch.nn.SiLU):
+    """``x * sigmoid(x)``: :class:`torch.nn.SiLU`.
+
+    Computed by PyTorch; large results and gradients are in pooled memory (:mod:`cnnops.memory`).
+
+    Args:
+        inplace: whether the result takes the place of the input.
+
+    Shape:
+        - input and output: the same, any
+
+    Raises:
+        RuntimeError or NotImplementedError, as PyTorch.
+
+    Example:
+        >>> nn.SiLU()(torch.tensor([-1.0, 0.0, 8.0]))
+        tensor([-0.2689,  0.0000,  7.9973])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return _leaf(self, input)
+        y = activation_layer("silu", input, self.inplace)
+        return super().forward(input) if y is None else y
+
+
+class Hardswish(torch.nn.Hardswish):
+    """``x * min(max(x + 3, 0), 6) / 6``: :class:`torch.nn.Hardswish`.
+
+    Computed by PyTorch; large results and gradients are in pooled memory (:mod:`cnnops.memory`).
+
+    Args:
+        inplace: whether the result takes the place of the input.
+
+    Shape:
+        - input and output: the same, any
+
+    Raises:
+        RuntimeError or NotImplementedError, as PyTorch.
+
+    Example:
+        >>> nn.Hardswish()(torch.tensor([-1.0, 0.0, 8.0]))
+        tensor([-0.3333,  0.0000,  8.0000])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return _leaf(self, input)
+        y = activation_layer("hardswish", input, self.inplace)
+        return super().forward(input) if y is None else y
+
+
+class GELU(torch.nn.GELU):
+    """``x * Phi(x)``, with the normal distribution's cumulative function: :class:`torch.nn.GELU`.
+
+    Computed by PyTorch; large results and gradients are in pooled memory (:mod:`cnnops.memory`).
+
+    Args:
+        approximate: ``"none"``, or ``"tanh"`` for the formula with it, which is PyTorch's own here.
+
+    Shape:
+        - input and output: the same, any
+
+    Raises:
+        RuntimeError or NotImplementedError, as PyTorch.
+
+    Example:
+        >>> nn.GELU()(torch.tensor([-1.0, 0.0, 8.0]))
+        tensor([-0.1587,  0.0000,  8.0000])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return _leaf(self, input)
+        y = activation_layer("gelu", input, False) if self.approximate == "none" else None
+        return super().forward(input) if y is None else y
+
+
 def _show_activation(activation: str | None) -> str:
     return "" if activation is None else f", activation={activation}"
 
 
 __all__ = [
+    "GELU",
     "AdaptiveAvgPool2d",
     "AdaptiveMaxPool2d",
     "AvgPool2d",
     "BatchNorm2d",
     "Conv2d",
     "ConvTranspose2d",
+    "Hardswish",
     "LocallyConnected2d",
     "MaxPool2d",
     "MedianPool2d",
+    "ReLU",
+    "ReLU6",
+    "SiLU",
 ]

@@ -40,7 +40,14 @@ TWINS = [
     ("BatchNorm2d", dict(num_features=4, momentum=None, eps=1e-3)),
     ("BatchNorm2d", dict(num_features=4, affine=False, momentum=0.3)),
     ("BatchNorm2d", dict(num_features=4, track_running_stats=False)),
+    ("ReLU", {}),
+    ("ReLU6", {}),
+    ("SiLU", {}),
+    ("Hardswish", {}),
+    ("GELU", {}),
+    ("GELU", dict(approximate="tanh")),
 ]
+ACTIVATIONS = [(name, inplace) for name in ("ReLU", "ReLU6", "SiLU", "Hardswish") for inplace in (False, True)]
 
 
 def name_of(case: Any) -> str:
@@ -299,6 +306,9 @@ def test_odd_inputs_end_as_in_torch(case: tuple[str, dict], kind: str, cast: boo
     assert isinstance(got, Tensor), f"torch gives {expected.shape}, cnnops raises {got!r}"
     assert (got.shape, got.dtype, got.device) == (expected.shape, expected.dtype, expected.device)
     if kind != "meta":
+        assert got.layout == expected.layout
+        if got.layout is torch.sparse_coo:
+            got, expected = got.to_dense(), expected.to_dense()
         if got.dtype.is_complex:
             got, expected = torch.view_as_real(got), torch.view_as_real(expected)
         near(got, expected, 2e-2 if got.dtype in (torch.bfloat16, torch.float16) else None)
@@ -407,4 +417,82 @@ def test_return_indices() -> None:
 
 def test_names() -> None:
     assert cnnops.nn is nn
-    assert set(nn.__all__) == {name for name in vars(nn) if name.endswith("2d") and not name.startswith("_")}
+    classes = {name for name, kind in vars(nn).items() if isinstance(kind, type) and kind.__module__ == "cnnops.nn"}
+    assert set(nn.__all__) == classes
+
+
+# ---- Activations -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "inplace"), [*ACTIVATIONS, ("GELU", None)])
+def test_large_activations_are_pytorchs_bit_for_bit(
+    name: str, inplace: bool | None, dtype: torch.dtype, format: str
+) -> None:
+    options = {} if inplace is None else {"inplace": inplace}
+    x = (4 * torch.randn(2, 32, 33, 35)).to(dtype).contiguous(memory_format=FORMATS[format])
+    x[0, 0, 0, :3] = torch.tensor([0.0, -0.0, float("nan")])
+    dy = torch.randn_like(x)
+    results = []
+    for layer in (getattr(torch.nn, name)(**options), getattr(nn, name)(**options)):
+        leaf = x.clone().requires_grad_()
+        before = leaf * 1  # in place is for what is no leaf
+        y = layer(before)
+        assert (y is before) == bool(inplace)
+        (dx,) = torch.autograd.grad(y, leaf, dy, create_graph=True)
+        with torch.no_grad():
+            plain = layer(x.clone())
+        results.append((y, dx, before, plain))
+        assert dx.stride() == x.stride() == y.stride()
+    for ours, theirs in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("name", "inplace"), ACTIVATIONS)
+def test_results_and_gradients_of_large_activations_are_pooled(name: str, inplace: bool) -> None:
+    def blocks() -> int:
+        return sum(cnnops.memory.stats()[key] for key in ("hits", "misses"))
+
+    layer, leaf = getattr(nn, name)(inplace=inplace), torch.randn(2, 32, 64, 64, requires_grad=True)
+    x = leaf * 1
+    start = blocks()
+    y = layer(x)
+    assert blocks() == start + (not inplace or name in ("SiLU", "Hardswish"))  # these save a copy
+    start = blocks()
+    torch.autograd.grad(y, leaf, leaf.detach())
+    assert blocks() == start + 1
+
+
+@pytest.mark.parametrize(("name", "inplace"), ACTIVATIONS)
+def test_second_derivatives_of_large_activations(name: str, inplace: bool) -> None:
+    layer, theirs = getattr(nn, name)(inplace=inplace), getattr(torch.nn, name)(inplace=inplace)
+    x = torch.randn(2, 16, 33, 35, dtype=torch.float64)
+    found = []
+    for act in (layer, theirs):
+        leaf = x.clone().requires_grad_()
+        (dx,) = torch.autograd.grad(act(leaf * 1).square().sum(), leaf, create_graph=True)
+        found.append(torch.autograd.grad(dx.square().sum(), leaf)[0])
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_in_place_activations_refuse_what_pytorch_refuses() -> None:
+    leaf = torch.randn(2, 16, 64, 64, requires_grad=True)
+    for layer in (nn.ReLU(inplace=True), nn.SiLU(inplace=True)):
+        with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
+            layer(leaf)
+        whole = leaf * 1
+        half = layer(whole[:1])  # a view: its base changes with it
+        assert torch.equal(whole[:1], half)
+        half.sum().backward()
+    relu = nn.ReLU()
+    saved = leaf * 1
+    y = relu(saved)
+    saved.zero_()  # relu saves its result alone
+    y.sum().backward()
+    silu = nn.SiLU()
+    saved = leaf * 1
+    y = silu(saved)
+    saved.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()

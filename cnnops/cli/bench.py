@@ -100,11 +100,11 @@ def run(
 ) -> None:  # fmt: skip
     """Check and time the layers of networks, in turn with PyTorch.
 
-    SUITES: resnet50, vgg16, mobilenet_v2, efficientnet_b0, convnext_tiny, unet, and memory, of layers that memory bounds
-    (all of them where none is named), or text files in the same format. Every entry is first checked against float64; a
-    wrong one is an error, is not timed, and makes the exit code 1. GB/s counts each tensor that must be read or written once (what training batch norm
-    reads, twice); the percentages are of the FMA rate (on a CUDA device, of PyTorch's matrix product's rate) and the
-    copy bandwidth measured in the same run.
+    SUITES: resnet50, vgg16, mobilenet_v2, efficientnet_b0, convnext_tiny, unet, and memory (layers that memory bounds);
+    all of them where none is named; or text files in the same format. Every entry is first checked against float64; a
+    wrong one is an error, is not timed, and makes the exit code 1. GB/s counts each tensor that must be read or written
+    once (what training batch norm reads, twice); the percentages are of the FMA rate (on a CUDA device, of PyTorch's
+    matrix product's rate) and the copy bandwidth measured in the same run.
     """
     if precision != "ieee" and device != "cuda":
         raise click.UsageError(f"--precision {precision} is for --device cuda")

@@ -116,7 +116,7 @@ def _weight_kernel(
 
 
 def _weight_fake(dy: Tensor, x: Tensor, r: int, s: int, *_: Any) -> Tensor:
-    return x.new_empty((dy.shape[2], dy.shape[3], dy.shape[1], x.shape[1], r, s))
+    return empty((dy.shape[2], dy.shape[3], dy.shape[1], x.shape[1], r, s), x, torch.contiguous_format)
 
 
 def _weight_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

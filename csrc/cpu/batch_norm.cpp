@@ -549,17 +549,19 @@ void unit_gradient(const BatchNormParams& params, const BatchNormPlan& plan, con
   });
 }
 
-// kSums finds dz for the sums; kDx finds it again for dx.
+// kSums finds dz for the sums; kDx finds it again for dx, or none where the first pass has left it.
 template <Kind kSums, Kind kDx, class T>
 void backward_as(const BatchNormParams& p, const BatchNormPlan& plan, const Workspace<compute_t<T>>& work) {
-  BatchNormParams second = p;
-  if (p.dresidual) second.dy = p.dresidual;  // dz lies there already
   const bool elements = p.training && p.dx;
+  BatchNormParams first = p, second = p;
+  // An activation's derivative costs more than a store and a load of dz, which waits for the second pass in dx.
+  if (kDx == Kind::none && elements && !p.dresidual && p.activation != Activation::none) first.dresidual = p.dx;
+  if (first.dresidual) second.dy = first.dresidual;
   if (channels_fit<T>(p, plan)) {
     return for_channels<T>(p, [&](int64_t c, int count) CNNOPS_INLINE {
       const Group group = group_of(p, c, count);
       set_coefficients(p, plan, work, group);
-      for_planes(p, c, count, [&](const Block& plane) CNNOPS_INLINE { piece_sums<kSums, T>(p, work, plane); });
+      for_planes(p, c, count, [&](const Block& plane) CNNOPS_INLINE { piece_sums<kSums, T>(first, work, plane); });
       set_gradients(p, plan, work, group);
       if (elements)
         for_planes(p, c, count, [&](const Block& plane) CNNOPS_INLINE { piece_gradient<kDx, T>(second, work, plane); });
@@ -567,7 +569,7 @@ void backward_as(const BatchNormParams& p, const BatchNormPlan& plan, const Work
   }
   for_groups(p, [&](int64_t c, int count) CNNOPS_INLINE { set_coefficients(p, plan, work, group_of(p, c, count)); });
 #pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (int64_t unit = 0; unit < plan.units; ++unit) unit_sums<kSums, T>(p, plan, work, unit);
+  for (int64_t unit = 0; unit < plan.units; ++unit) unit_sums<kSums, T>(first, plan, work, unit);
   for_groups(p, [&](int64_t c, int count) CNNOPS_INLINE { set_gradients(p, plan, work, group_of(p, c, count)); });
   if (!elements) return;
 #pragma omp parallel for num_threads(p.threads) schedule(static)
@@ -582,9 +584,11 @@ void backward(const BatchNormParams& p) {
   const BatchNormPlan plan = batch_norm_plan(p);
   const Workspace<compute_t<T>> work(p);
   if (p.activation == Activation::none) return backward_as<Kind::none, Kind::none, T>(p, plan, work);
-  if (p.activation != Activation::relu)
-    return p.dresidual ? backward_as<Kind::any, Kind::none, T>(p, plan, work)
-                       : backward_as<Kind::any, Kind::any, T>(p, plan, work);
+  if (p.activation != Activation::relu) {
+    // Left in dx, dz of a 16-bit type would be rounded before the second pass.
+    if (p.dresidual || sizeof(T) == sizeof(compute_t<T>)) return backward_as<Kind::any, Kind::none, T>(p, plan, work);
+    return backward_as<Kind::any, Kind::any, T>(p, plan, work);
+  }
   if (p.saved_y)
     return p.dresidual ? backward_as<Kind::relu_of_output, Kind::none, T>(p, plan, work)
                        : backward_as<Kind::relu_of_output, Kind::relu_of_output, T>(p, plan, work);

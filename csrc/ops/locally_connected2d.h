@@ -34,16 +34,10 @@ constexpr int64_t kLocallyConnectedImages = 16;
 static inline int64_t locally_connected2d_row(const LocallyConnected2dParams& p) {
   return round_up(p.c * p.r * p.s, 16);
 }
-// Images of which the gradients of all patches are kept at once: about 64 MiB of them.
-static inline int64_t locally_connected2d_images(const LocallyConnected2dParams& p) {
-  const int64_t elements = max64(p.p * p.q * locally_connected2d_row(p), 1);
-  return min64(max64((int64_t{1} << 24) / elements, 1), p.n);
-}
 static inline int64_t locally_connected2d_workspace_bytes(const LocallyConnected2dParams& p) {
   const int64_t row = locally_connected2d_row(p);
   const int64_t per_thread = p.dw ? p.n * (row + p.k) : p.y ? min64(p.n, kLocallyConnectedImages) * row : 0;
-  const int64_t shared = p.dx ? p.p * p.q * locally_connected2d_images(p) * row : 0;
-  return static_cast<int64_t>(sizeof(double)) * (shared + per_thread * p.threads);
+  return static_cast<int64_t>(sizeof(double)) * per_thread * p.threads;
 }
 
 }  // namespace cnnops

@@ -181,8 +181,8 @@ template <Activation A, class C>
     return z > C(20) ? one : sigmoid<C>(z);
   } else if constexpr (A == Activation::silu) {
     // 1 - sigmoid(z) = sigmoid(-z), without the cancellation.
-    const V e = exp(z < zero ? z : -z), sum = e + C(1);
-    const V s = (z < zero ? e : one) / sum, rest = (z < zero ? one : e) / sum;
+    const V e = exp(z < zero ? z : -z), inverse = one / (e + C(1));
+    const V s = (z < zero ? e : one) * inverse, rest = (z < zero ? one : e) * inverse;
     return s * fma(z, rest, one);
   } else if constexpr (A == Activation::hardswish) {
     const V middle = z / C(3) + C(0.5);

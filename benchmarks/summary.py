@@ -12,14 +12,25 @@ import sys
 from collections import defaultdict
 from typing import Any
 
-KINDS = ("conv2d, dense", "conv2d, depthwise", "conv_transpose2d", "max_pool2d", "adaptive_avg_pool2d", "batch_norm")
+KINDS = (
+    "conv2d, dense", "conv2d, depthwise", "conv2d, groups of a few channels", "conv_transpose2d", "locally_connected2d",
+    "max_pool2d", "avg_pool2d", "median_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d",
+    "batch_norm", "batch_norm + relu", "batch_norm + add + relu", "batch_norm + silu",
+)  # fmt: skip
 PASSES = ("forward", "backward-input", "backward-weight", "backward")
 
 
 def kind(entry: dict[str, Any]) -> str:
+    values = dict(pair.split("=") for pair in entry["layer"].split()[1:])
+    if entry["op"] == "batch_norm":
+        return " + ".join(
+            ["batch_norm"] + ["add"] * ("residual" in values) + [values[k] for k in ("activation",) if k in values]
+        )
     if entry["op"] != "conv2d":
-        return entry["op"]
-    return "conv2d, dense" if " groups=1 " in entry["layer"] + " " else "conv2d, depthwise"
+        return str(entry["op"])
+    if values["groups"] == "1":
+        return "conv2d, dense"
+    return "conv2d, depthwise" if values["groups"] == values["C"] == values["K"] else "conv2d, groups of a few channels"
 
 
 def cell(ratios: list[float]) -> str:

@@ -29,8 +29,9 @@ namespace {
 constexpr int64_t kTiles = 48;                               // tiles whose products are summed before Z is visited
 constexpr int64_t kFlush = 24;                               // tiles of one running sum
 constexpr int64_t kBlockFilters = 64, kBlockChannels = 128;  // of a task: 524 KB of Z
-constexpr float kMostFailed = 16;     // the share of the magnitudes that may lie in tiles of too many sizes is 1 / this
-constexpr int64_t kWantedTasks = 16;  // enough to balance a few threads; fixed, so that cuts do not depend on threads
+constexpr float kMostFailed = 16;  // the share of the magnitudes that may lie in tiles of too many sizes is 1 / this
+// Enough to balance a few threads, where there is room for the sums; fixed, so that cuts do not depend on threads.
+constexpr int64_t kWantedTasks = 16, kLeastTasks = 4;
 
 struct Plan {
   int64_t group_c, group_k;
@@ -53,7 +54,10 @@ Plan plan_of(const Conv2dParams& p) {
   g.filter_blocks = ceil_div(g.group_k, g.filters);
   g.tile_rows = ceil_div(p.h, 2), g.tile_columns = ceil_div(p.w, 2);
   g.lines = p.n * g.tile_rows;
-  g.slices = min64(ceil_div(kWantedTasks, g.channel_blocks * g.filter_blocks * p.groups), g.lines);
+  const int64_t blocks = g.channel_blocks * g.filter_blocks * p.groups;
+  // Sums of more slices than these would take more room than the images.
+  const int64_t room = p.n * (p.c + p.k) * p.h * p.w / (blocks * kFrequencies * g.channels * g.filters);
+  g.slices = min64(min64(ceil_div(kWantedTasks, blocks), g.lines), max64(room, ceil_div(kLeastTasks, blocks)));
   g.v_step = kTiles * g.channels + kPad;
   g.w_step = kTiles * round_up(g.filters, lanes<C>) + kPad;
   g.z_step = g.filters * g.channels + kPad;

@@ -13,39 +13,40 @@
 namespace cnnops::CNNOPS_ISA {
 namespace {
 
-template <class T, bool kIndices>
-void backward_nchw(const IndexPool2dParams& p) {
+// Overlapping windows of a few common shapes (square, as stride and dilation are): the rows of windows pass once, each
+// adding to the rows of dx under it, which stay in L1 until the last window has passed. Vectors run along a row of dx, by
+// phases of the stride; each tap compares the windows' bytes with its offset, so that a window costs kKernel^2 compares of a
+// lane each and no scattered access.
+template <class T, int kKernel, int kStride, int kDilation>
+void backward_nchw_rows(const IndexPool2dParams& p) {
   using C = compute_t<T>;
-  using I = int_t<C>;
+  static_assert(kStride == 1 || kStride == 2);
+  constexpr int kReach = (kKernel - 1) * kDilation + 1, kHeld = kReach - kStride;  // kHeld: rows begun and not finished
+  static_assert(kHeld >= 0);
   const Windows& v = p.windows;
-  const PhasedRow<C> phases(p.w, p.q, v.pad_w, v.kernel_w, v.stride_w, v.dilation_w);
-  const int64_t reach = (v.kernel_h - 1) * v.dilation_h + 1;
-  const int64_t ring = min64(p.p, (reach - 1) / v.stride_h + 1);
-  const int64_t lead = round_up((v.kernel_w - 1) * v.dilation_w / phases.stride, lanes<C>);
-  const int64_t length = lead + phases.length;
+  const int64_t vectors = ceil_div(p.w, kStride * lanes<C>), width = vectors * lanes<C>;
+  // Element i of phase j of a row of dx is column kStride*i + j. That is cell kStride*(i + shift[k]) + k of the padded
+  // row, and tap s sees it in window i + shift[k] - s*kDilation / kStride where s*kDilation is k modulo kStride.
+  int64_t shift[kStride];
+  for (int j = 0; j < kStride; ++j) shift[(j + v.pad_w) % kStride] = (j + v.pad_w) / kStride;
+  const bool swapped = v.pad_w % kStride != 0;
+  const int64_t lead = round_up((kReach - 1) / kStride, lanes<C>);
+  const int64_t length = lead + round_up(max64(p.q, width + v.pad_w / kStride + 1), lanes<C>);
   const int64_t unit_rows = rows_per_unit(p.n * p.c, p.h), units_each = ceil_div(p.h, unit_rows);
+  const bool stream = p.n * p.c * p.h * p.w * static_cast<int64_t>(sizeof(T)) >= kLargeImage &&
+                      p.w * static_cast<int64_t>(sizeof(T)) % 64 == 0;
 
-  struct Row {
-    const C* dy;
-    const I* choice;
-    I offset;  // r * kernel_w
-  };
   struct Piece {
-    C *sums, *dy;
-    I* choices;
-    int64_t *held, *phase_begin;
-    Tap* taps;
-    Row* rows;
+    C *dy, *held;
+    uint8_t* choice;
+    T* beside;  // a row of dx that is another unit's
   };
   const auto lay_out = [&](Arena arena, int64_t* bytes) {
     Piece s;
-    s.sums = arena.take<C>(phases.size());
-    s.dy = arena.take<C>(ring * length);
-    s.choices = arena.take<I>(ring * length);
-    s.held = arena.take<int64_t>(ring);
-    s.phase_begin = arena.take<int64_t>(phases.stride + 1);
-    s.taps = arena.take<Tap>(v.kernel_w);
-    s.rows = arena.take<Row>(ring);
+    s.dy = arena.take<C>(length);
+    s.held = arena.take<C>(kHeld * kStride * width + 1);
+    s.choice = arena.take<uint8_t>(length);
+    s.beside = arena.take<T>(p.w);
     *bytes = arena.used;
     return s;
   };
@@ -57,65 +58,163 @@ void backward_nchw(const IndexPool2dParams& p) {
   {
     int64_t ignored;
     const Piece s = lay_out(Arena{static_cast<char*>(scratch.piece(omp_get_thread_num()))}, &ignored);
-    for (int64_t i = 0; i < ring * length; ++i) s.dy[i] = 0, s.choices[i] = -1;
-    list_taps(phases, v.kernel_w, v.dilation_w, s.phase_begin, s.taps);
+    for (int64_t i = 0; i < length; ++i) s.dy[i] = 0, s.choice[i] = kNoOffset;
 
 #pragma omp for schedule(static)
     for (int64_t unit = 0; unit < p.n * p.c * units_each; ++unit) {
-      const int64_t plane = unit / units_each, from = unit % units_each * unit_rows;
+      const int64_t plane = unit / units_each, from = unit % units_each * unit_rows, to = min64(from + unit_rows, p.h);
       const T* const dy = static_cast<const T*>(p.in) + plane * p.p * p.q;
-      const int64_t choice = plane * p.p * p.q;
-      for (int64_t i = 0; i < ring; ++i) s.held[i] = -1;
-      for (int64_t h = from; h < min64(from + unit_rows, p.h); ++h) {
-        const int64_t p0 = first_window(h, v.pad_h, reach, v.stride_h), p1 = last_window(h, v.pad_h, v.stride_h, p.p);
-        int64_t rows = 0;
-        for (int64_t pp = p0; pp < p1; ++pp) {
-          const int64_t down = h + v.pad_h - pp * v.stride_h;
-          if (v.dilation_h != 1 && down % v.dilation_h != 0) continue;
-          const int64_t slot = pp % ring;
-          C* const held_dy = s.dy + slot * length + lead;
-          I* const held_choice = s.choices + slot * length + lead;
-          if (s.held[slot] != pp) {
-            s.held[slot] = pp;
-            for (int64_t q = 0; q < p.q; q += lanes<C>) {
-              const int part = part_of<C>(q, p.q);
-              const int64_t at = choice + pp * p.q + q;
-              ivec<C> chosen;
-              if constexpr (kIndices) {
-                chosen = load_i64_n<C>(static_cast<const int64_t*>(p.choice) + at, part);
-              } else {
-                chosen = load_u8_n<C>(static_cast<const uint8_t*>(p.choice) + at, part);
-              }
-              // Past the row's end dy is 0 already, so it does not matter what was chosen there.
-              *reinterpret_cast<ivec<C>*>(held_choice + q) = chosen;
-              store(held_dy + q, load_n(dy + pp * p.q + q, part));
+      const uint8_t* const choice = static_cast<const uint8_t*>(p.choice) + plane * p.p * p.q;
+      T* const dx = static_cast<T*>(p.out) + plane * p.h * p.w;
+      for (int64_t i = 0; i < kHeld * kStride * width; ++i) s.held[i] = 0;
+      for (int64_t pp = first_window(from, v.pad_h, kReach, kStride); pp * kStride - v.pad_h < to; ++pp) {
+        if (pp < p.p) {
+          for (int64_t q = 0; q < p.q; q += lanes<C>)
+            store(s.dy + lead + q, load_n(dy + pp * p.q + q, part_of<C>(q, p.q)));
+          std::memcpy(s.choice + lead, choice + pp * p.q, p.q);
+        } else {
+          for (int64_t q = 0; q < p.q; ++q) s.dy[lead + q] = 0;
+        }
+        T* rows[kStride];
+        for (int a = 0; a < kStride; ++a) {
+          const int64_t h = pp * kStride - v.pad_h + a;
+          rows[a] = h >= from && h < to ? dx + h * p.w : s.beside;
+        }
+        for (int64_t i = 0; i < width; i += lanes<C>) {
+          vec<C> sums[kReach][kStride];
+#pragma GCC unroll 16
+          for (int a = 0; a < kReach; ++a)
+#pragma GCC unroll 2
+            for (int k = 0; k < kStride; ++k)
+              sums[a][k] = a < kHeld ? load(s.held + (a * kStride + k) * width + i) : vec<C>{};
+#pragma GCC unroll 8
+          for (int t = kKernel - 1; t >= 0; --t) {  // the farthest tap is the first window's
+            constexpr int kLast = kStride - 1;
+            const int k = t * kDilation & kLast;
+            const int64_t at = lead + i + shift[k] - t * kDilation / kStride;
+            const LaneBytes<C> chosen(s.choice + at);
+            const vec<C> g = load(s.dy + at);
+#pragma GCC unroll 8
+            for (int r = 0; r < kKernel; ++r)
+              sums[r * kDilation][k] =
+                  chosen.add_where(static_cast<uint8_t>(r * kKernel + t), sums[r * kDilation][k], g);
+          }
+#pragma GCC unroll 16
+          for (int a = 0; a < kHeld; ++a)
+#pragma GCC unroll 2
+            for (int k = 0; k < kStride; ++k)
+              store(s.held + (a * kStride + k) * width + i, sums[a + kStride][k]);
+          const int64_t left = p.w - kStride * i;
+          const int part = static_cast<int>(min64(left, lanes<C>));
+#pragma GCC unroll 2
+          for (int a = 0; a < kStride; ++a) {
+            if constexpr (kStride == 1) {
+              store_output(rows[a] + i, sums[a][0], part, stream);
+            } else {
+              const vec<C> first = sums[a][swapped ? 1 : 0], second = sums[a][swapped ? 0 : 1];
+              store_output(rows[a] + 2 * i, zip_low(first, second), part, stream);
+              if (left > lanes<C>)
+                store_output(rows[a] + 2 * i + lanes<C>, zip_high(first, second),
+                             static_cast<int>(min64(left - lanes<C>, lanes<C>)), stream);
             }
           }
-          s.rows[rows++] = {held_dy, held_choice, static_cast<I>(down / v.dilation_h * v.kernel_w)};
         }
-        for (int64_t j = 0; j < phases.stride; ++j) {
-          TapRange<C> range(s.phase_begin[j + 1]);
-          for (int64_t i = phases.begin(j), end = phases.end(j); i < end; i += lanes<C>) {
-            range.move_to(i, p.q, s.taps, s.phase_begin[j]);
-            [[maybe_unused]] ivec<C> cell;
-            if constexpr (kIndices)
-              cell = iota<ivec<C>>() * static_cast<I>(phases.stride) +
-                     static_cast<I>(h * p.w + i * phases.stride + j - phases.pad);
-            vec<C> sum = {};
-            for (int64_t k = 0; k < rows; ++k) {
-              const Row& row = s.rows[k];
-              for (int64_t t = range.lo; t < range.hi; ++t) {
-                const int64_t at = i - s.taps[t].distance;
-                if constexpr (!kIndices) cell = ivec<C>{} + (row.offset + static_cast<I>(s.taps[t].index));
-                const ivec<C> chosen = *reinterpret_cast<const ivec<C>*>(row.choice + at);
-                sum += chosen == cell ? load(row.dy + at) : vec<C>{};
-              }
-            }
-            store(s.sums + j * phases.length + i, sum);
-          }
-        }
-        phases.merge(s.sums, static_cast<T*>(p.out) + (plane * p.h + h) * p.w);
       }
+      if (stream) end_streaming();
+    }
+  }
+}
+
+// Any other windows: dy is added where the choice says, in bands of dx that stay in L1 until they are done. Windows that
+// reach over the edge of a band are visited for both. With offsets, a band is padded to hold whatever its windows may
+// choose; indices are looked at one by one.
+constexpr int64_t kBandBytes = 16 << 10;
+
+template <class T, bool kIndices>
+void backward_nchw_scatter(const IndexPool2dParams& p) {
+  using C = compute_t<T>;
+  const Windows& v = p.windows;
+  const int64_t reach_h = p.adaptive ? 1 : (v.kernel_h - 1) * v.dilation_h + 1;
+  const int64_t reach_w = p.adaptive ? 1 : (v.kernel_w - 1) * v.dilation_w + 1;
+  const int64_t pad_w = kIndices ? 0 : v.pad_w, above = kIndices ? 0 : reach_h - 1;
+  const int64_t pitch = kIndices ? p.w : max64(pad_w + p.w, (p.q - 1) * v.stride_w + reach_w);
+  const int64_t fit = max64(kBandBytes / (pitch * static_cast<int64_t>(sizeof(C))), 4 * reach_h);
+  const int64_t bands = ceil_div(p.h, min64(fit, rows_per_unit(p.n * p.c, p.h))), band = ceil_div(p.h, bands);
+  const int64_t cells = (band + 2 * above) * pitch, offsets = v.kernel_h * v.kernel_w;
+  const bool stream = p.n * p.c * p.h * p.w * static_cast<int64_t>(sizeof(T)) >= kLargeImage;
+
+  struct Piece {
+    C* sums;
+    int64_t *step, *begin, *end;
+  };
+  const auto lay_out = [&](Arena arena, int64_t* bytes) {
+    Piece s;
+    s.sums = arena.take<C>(round_up(cells, lanes<C>));
+    s.step = arena.take<int64_t>(kIndices ? 0 : offsets);
+    s.begin = arena.take<int64_t>(kIndices ? p.q : 0);
+    s.end = arena.take<int64_t>(kIndices ? p.q : 0);
+    *bytes = arena.used;
+    return s;
+  };
+  int64_t bytes;
+  lay_out(Arena{nullptr}, &bytes);
+  const ScratchPieces scratch(p.threads, bytes);
+
+#pragma omp parallel num_threads(p.threads)
+  {
+    int64_t ignored;
+    const Piece s = lay_out(Arena{static_cast<char*>(scratch.piece(omp_get_thread_num()))}, &ignored);
+    if constexpr (kIndices) {
+      for (int64_t q = 0; q < p.q; ++q) {
+        s.begin[q] = p.adaptive ? adaptive_start(q, p.w, p.q) : q * v.stride_w - v.pad_w;
+        s.end[q] = p.adaptive ? adaptive_end(q, p.w, p.q) : s.begin[q] + reach_w;
+      }
+    } else {
+      for (int64_t i = 0; i < offsets; ++i)
+        s.step[i] = i / v.kernel_w * v.dilation_h * pitch + i % v.kernel_w * v.dilation_w;
+    }
+
+#pragma omp for schedule(static)
+    for (int64_t unit = 0; unit < p.n * p.c * bands; ++unit) {
+      const int64_t plane = unit / bands, from = min64(unit % bands * band, p.h), to = min64(from + band, p.h);
+      if (from == to) continue;
+      const T* const dy = static_cast<const T*>(p.in) + plane * p.p * p.q;
+      for (int64_t i = 0; i < cells; i += lanes<C>) store(s.sums + i, vec<C>{});
+      const int64_t p0 = p.adaptive ? adaptive_first(from, p.h, p.p) : first_window(from, v.pad_h, reach_h, v.stride_h);
+      const int64_t p1 = p.adaptive ? adaptive_last(to - 1, p.h, p.p) : last_window(to - 1, v.pad_h, v.stride_h, p.p);
+      for (int64_t pp = p0; pp < p1; ++pp) {
+        const int64_t at = (plane * p.p + pp) * p.q;
+        if constexpr (kIndices) {
+          const int64_t* const choice = static_cast<const int64_t*>(p.choice) + at;
+          const int64_t begin = p.adaptive ? adaptive_start(pp, p.h, p.p) : pp * v.stride_h - v.pad_h;
+          const int64_t end = p.adaptive ? adaptive_end(pp, p.h, p.p) : begin + reach_h;
+          const int64_t first = max64(begin, from), last = min64(end, to);
+          const bool dilated = v.dilation_h != 1 || v.dilation_w != 1;
+          for (int64_t q = 0; q < p.q; ++q) {
+            const int64_t cell = choice[q];
+            if (cell < first * p.w || cell >= last * p.w) continue;
+            const int64_t h = static_cast<uint32_t>(cell) / static_cast<uint32_t>(p.w), w = cell - h * p.w;
+            if (w < s.begin[q] || w >= s.end[q]) continue;
+            if (dilated && ((h - begin) % v.dilation_h != 0 || (w - s.begin[q]) % v.dilation_w != 0)) continue;
+            s.sums[cell - from * p.w] += load_scalar(dy[pp * p.q + q]);
+          }
+        } else {
+          const uint8_t* const choice = static_cast<const uint8_t*>(p.choice) + at;
+          C* const corner = s.sums + (pp * v.stride_h - v.pad_h - from + above) * pitch;
+          for (int64_t q = 0; q < p.q; ++q)
+            if (choice[q] < offsets) corner[q * v.stride_w + s.step[choice[q]]] += load_scalar(dy[pp * p.q + q]);
+        }
+      }
+      T* const dx = static_cast<T*>(p.out) + (plane * p.h + from) * p.w;
+      const C* const sums = s.sums + above * pitch + pad_w;
+      const bool gapless = pitch == p.w;
+      const int64_t lines = gapless ? 1 : to - from, length = gapless ? (to - from) * p.w : p.w;
+      for (int64_t line = 0; line < lines; ++line)
+        for (int64_t i = 0; i < length; i += lanes<C>) {
+          const int part = part_of<C>(i, length);
+          store_output(dx + line * p.w + i, load_n(sums + line * pitch + i, part), part, stream);
+        }
+      if (stream) end_streaming();
     }
   }
 }
@@ -169,25 +268,18 @@ bool side_by_side_2x2(const IndexPool2dParams& p) {
          v.dilation_h == 1 && v.dilation_w == 1 && 2 * p.p <= p.h && 2 * p.q <= p.w;
 }
 
+// The shape's kernel in rows, or null.
 template <class T>
-void backward_nchw_adaptive(const IndexPool2dParams& p) {
-  using C = compute_t<T>;
-#pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (int64_t row = 0; row < p.n * p.c * p.h; ++row) {
-    const int64_t plane = row / p.h, h = row % p.h;
-    const T* const dy = static_cast<const T*>(p.in) + plane * p.p * p.q;
-    const int64_t* const choice = static_cast<const int64_t*>(p.choice) + plane * p.p * p.q;
-    T* const dx = static_cast<T*>(p.out) + row * p.w;
-    const int64_t p0 = adaptive_first(h, p.h, p.p), p1 = adaptive_last(h, p.h, p.p);
-    for (int64_t w = 0; w < p.w; ++w) {
-      const int64_t q0 = adaptive_first(w, p.w, p.q), q1 = adaptive_last(w, p.w, p.q);
-      C sum = 0;
-      for (int64_t pp = p0; pp < p1; ++pp)
-        for (int64_t q = q0; q < q1; ++q)
-          if (choice[pp * p.q + q] == h * p.w + w) sum += load_scalar(dy[pp * p.q + q]);
-      store_scalar(&dx[w], sum);
-    }
-  }
+auto rows_kernel(const Windows& v) -> void (*)(const IndexPool2dParams&) {
+  if (v.kernel_h != v.kernel_w || v.stride_h != v.stride_w || v.dilation_h != v.dilation_w) return nullptr;
+  const auto is = [&](int64_t kernel, int64_t stride, int64_t dilation) {
+    return v.kernel_w == kernel && v.stride_w == stride && v.dilation_w == dilation;
+  };
+  if (is(3, 2, 1)) return backward_nchw_rows<T, 3, 2, 1>;
+  if (is(3, 2, 2)) return backward_nchw_rows<T, 3, 2, 2>;
+  if (is(3, 1, 1)) return backward_nchw_rows<T, 3, 1, 1>;
+  if (is(5, 1, 1)) return backward_nchw_rows<T, 5, 1, 1>;
+  return nullptr;
 }
 
 // A window that holds a pixel: where its channels lie in dy and choice, and what it would have chosen.
@@ -272,12 +364,14 @@ void backward(const IndexPool2dParams& p) {
   const bool indices = p.mode == Choice::indices;
   if (p.layout == Layout::nhwc) {
     indices ? backward_nhwc<T, true>(p) : backward_nhwc<T, false>(p);
-  } else if (p.adaptive) {
-    backward_nchw_adaptive<T>(p);
-  } else if (side_by_side_2x2(p)) {
+  } else if (!p.adaptive && side_by_side_2x2(p)) {
     indices ? backward_nchw_2x2<T, true>(p) : backward_nchw_2x2<T, false>(p);
+  } else if (indices) {
+    backward_nchw_scatter<T, true>(p);
+  } else if (const auto rows = rows_kernel<T>(p.windows)) {
+    rows(p);
   } else {
-    indices ? backward_nchw<T, true>(p) : backward_nchw<T, false>(p);
+    backward_nchw_scatter<T, false>(p);
   }
 }
 

@@ -154,6 +154,35 @@ template <class C>
   }
 }
 
+// One byte a lane, read once to be compared with several values.
+template <class C>
+struct LaneBytes {
+#if CNNOPS_ISA_avx512
+  __m128i bytes;
+  [[gnu::always_inline]] explicit LaneBytes(const uint8_t* p)
+      : bytes(lanes<C> == 16 ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)) : _mm_loadu_si64(p)) {}
+#else
+  ivec<C> wide;
+  [[gnu::always_inline]] explicit LaneBytes(const uint8_t* p) : wide(load_u8_n<C>(p, lanes<C>)) {}
+#endif
+  // sum + v where the byte is `value`, elsewhere sum.
+  [[gnu::always_inline]] vec<C> add_where(uint8_t value, vec<C> sum, vec<C> v) const {
+#if CNNOPS_ISA_avx512
+    const __mmask16 equal = _mm_cmpeq_epi8_mask(bytes, _mm_set1_epi8(static_cast<char>(value)));
+    if constexpr (sizeof(C) == 4) {
+      const __m512 s = reinterpret_cast<__m512>(sum);
+      return reinterpret_cast<vec<C>>(_mm512_mask_add_ps(s, equal, s, reinterpret_cast<__m512>(v)));
+    } else {
+      const __m512d s = reinterpret_cast<__m512d>(sum);
+      return reinterpret_cast<vec<C>>(
+          _mm512_mask_add_pd(s, static_cast<__mmask8>(equal), s, reinterpret_cast<__m512d>(v)));
+    }
+#else
+    return sum + (wide == ivec<C>{} + static_cast<int_t<C>>(value) ? v : vec<C>{});
+#endif
+  }
+};
+
 // Stays negative with the distance of any row of a window added to it, in 32 bits too.
 constexpr int64_t kNoCells = -(int64_t{1} << 31);
 

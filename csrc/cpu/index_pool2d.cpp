@@ -1,8 +1,7 @@
-// Derivatives of picking poolings. Backward is a gather: each element of dx asks the windows that hold it whether they
-// chose it, so nothing is zeroed first, nothing is added atomically, and one thread adds in the contract's order.
-// NCHW: vectors run along a row of dx, one phase of the stride at a time; dy and choice rows lie padded in a small ring;
-// windows of 2 x 2 side by side need none of that.
-// NHWC: vectors run along the channels.
+// Derivatives of picking poolings. Every element of dx is added up by one thread in the contract's order, so nothing is
+// added atomically. NCHW: windows of common shapes row by row, with vectors along a row of dx; others where their choice
+// says; windows of 2 x 2 side by side are simpler than either. NHWC: vectors run along the channels, and each element of dx
+// asks the windows that hold it whether they chose it.
 #include "ops/index_pool2d.h"
 
 #include <omp.h>
@@ -13,39 +12,129 @@
 namespace cnnops::CNNOPS_ISA {
 namespace {
 
+// One byte a lane, read once to be compared with several values; `less` is subtracted from each first, so that few values
+// need a register.
+template <class C>
+struct LaneBytes {
+#if CNNOPS_ISA_avx512
+  __m128i bytes;
+  [[gnu::always_inline]] LaneBytes(const uint8_t* p, int less)
+      : bytes(_mm_sub_epi8(lanes<C> == 16 ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)) : _mm_loadu_si64(p),
+                           _mm_set1_epi8(static_cast<char>(less)))) {}
+#else
+  ivec<C> wide;
+  [[gnu::always_inline]] LaneBytes(const uint8_t* p, int less)
+      : wide(load_u8_n<C>(p, lanes<C>) - static_cast<int_t<C>>(less)) {}
+#endif
+  // sum + v where the byte is `value`, elsewhere sum.
+  [[gnu::always_inline]] vec<C> add_where(int value, vec<C> sum, vec<C> v) const {
+#if CNNOPS_ISA_avx512
+    const __mmask16 equal = _mm_cmpeq_epi8_mask(bytes, _mm_set1_epi8(static_cast<char>(value)));
+    if constexpr (sizeof(C) == 4) {
+      const __m512 s = reinterpret_cast<__m512>(sum);
+      return reinterpret_cast<vec<C>>(_mm512_mask_add_ps(s, equal, s, reinterpret_cast<__m512>(v)));
+    } else {
+      const __m512d s = reinterpret_cast<__m512d>(sum);
+      return reinterpret_cast<vec<C>>(
+          _mm512_mask_add_pd(s, static_cast<__mmask8>(equal), s, reinterpret_cast<__m512d>(v)));
+    }
+#else
+    return sum + (wide == ivec<C>{} + static_cast<int_t<C>>(value) ? v : vec<C>{});
+#endif
+  }
+};
+
+// What a row of windows is added to: rows of dx by phases of the stride, each phase `width` elements.
+template <class T>
+struct RowsUnderWindows {
+  using C = compute_t<T>;
+  C* held;     // the rows that later windows reach too, from the topmost on
+  T* done[2];  // where the rows go that none reaches, `stride` of them
+  int64_t w, width;
+  int64_t shift[2];  // by phase of the padded row
+  bool swapped;      // the second phase of the padded row comes first in dx
+  bool stream;
+};
+
+// Adds a row of windows. Each tap compares the windows' bytes with its offset, so that a window costs kKernel^2 compares of
+// a lane each and no scattered access.
+template <class T, int kKernel, int kStride, int kDilation>
+void add_windows(const uint8_t* choice, const compute_t<T>* dy, const RowsUnderWindows<T>& rows) {
+  using C = compute_t<T>;
+  constexpr int kReach = (kKernel - 1) * kDilation + 1, kHeld = kReach - kStride;
+  C* const held = rows.held;
+  T *const first_done = rows.done[0], *const second_done = rows.done[1];
+  const int64_t width = rows.width, w = rows.w, shift[2] = {rows.shift[0], rows.shift[1]};
+  const bool swapped = rows.swapped, stream = rows.stream;
+  for (int64_t i = 0; i < width; i += lanes<C>) {
+    vec<C> sums[kReach][kStride];
+#pragma GCC unroll 16
+    for (int a = 0; a < kReach; ++a)
+#pragma GCC unroll 2
+      for (int k = 0; k < kStride; ++k) sums[a][k] = a < kHeld ? load(held + (a * kStride + k) * width + i) : vec<C>{};
+#pragma GCC unroll 8
+    for (int t = kKernel - 1; t >= 0; --t) {  // the farthest tap is the first window's
+      const int k = t * kDilation % kStride;
+      const int64_t at = i + shift[k] - t * kDilation / kStride;
+      const LaneBytes<C> chosen(choice + at, t);
+      const vec<C> g = load(dy + at);
+#pragma GCC unroll 8
+      for (int r = 0; r < kKernel; ++r)
+        sums[r * kDilation][k] = chosen.add_where(r * kKernel, sums[r * kDilation][k], g);
+    }
+#pragma GCC unroll 16
+    for (int a = 0; a < kHeld; ++a)
+#pragma GCC unroll 2
+      for (int k = 0; k < kStride; ++k) store(held + (a * kStride + k) * width + i, sums[a + kStride][k]);
+    const int64_t left = w - kStride * i;
+    const int part = static_cast<int>(min64(left, lanes<C>));
+#pragma GCC unroll 2
+    for (int a = 0; a < kStride; ++a) {
+      T* const to = a == 0 ? first_done : second_done;
+      if constexpr (kStride == 1) {
+        store_output(to + i, sums[a][0], part, stream);
+      } else {
+        const vec<C> even = sums[a][swapped ? 1 : 0], odd = sums[a][swapped ? 0 : 1];
+        store_output(to + 2 * i, zip_low(even, odd), part, stream);
+        if (left > lanes<C>)
+          store_output(to + 2 * i + lanes<C>, zip_high(even, odd), static_cast<int>(min64(left - lanes<C>, lanes<C>)),
+                       stream);
+      }
+    }
+  }
+}
+
 // Overlapping windows of a few common shapes (square, as stride and dilation are): the rows of windows pass once, each
 // adding to the rows of dx under it, which stay in L1 until the last window has passed. Vectors run along a row of dx, by
-// phases of the stride; each tap compares the windows' bytes with its offset, so that a window costs kKernel^2 compares of a
-// lane each and no scattered access.
+// phases of the stride.
 template <class T, int kKernel, int kStride, int kDilation>
 void backward_nchw_rows(const IndexPool2dParams& p) {
   using C = compute_t<T>;
-  static_assert(kStride == 1 || kStride == 2);
-  constexpr int kReach = (kKernel - 1) * kDilation + 1, kHeld = kReach - kStride;  // kHeld: rows begun and not finished
-  static_assert(kHeld >= 0);
+  constexpr int kReach = (kKernel - 1) * kDilation + 1, kHeld = kReach - kStride;
+  static_assert((kStride == 1 || kStride == 2) && kHeld >= 0);
   const Windows& v = p.windows;
-  const int64_t vectors = ceil_div(p.w, kStride * lanes<C>), width = vectors * lanes<C>;
+  RowsUnderWindows<T> shape{};
+  shape.w = p.w, shape.width = round_up(ceil_div(p.w, kStride), lanes<C>);
   // Element i of phase j of a row of dx is column kStride*i + j. That is cell kStride*(i + shift[k]) + k of the padded
-  // row, and tap s sees it in window i + shift[k] - s*kDilation / kStride where s*kDilation is k modulo kStride.
-  int64_t shift[kStride];
-  for (int j = 0; j < kStride; ++j) shift[(j + v.pad_w) % kStride] = (j + v.pad_w) / kStride;
-  const bool swapped = v.pad_w % kStride != 0;
-  const int64_t lead = round_up((kReach - 1) / kStride, lanes<C>);
-  const int64_t length = lead + round_up(max64(p.q, width + v.pad_w / kStride + 1), lanes<C>);
+  // row, and tap t sees it in window i + shift[k] - t*kDilation / kStride where t*kDilation is k modulo kStride.
+  for (int j = 0; j < kStride; ++j) shape.shift[(j + v.pad_w) % kStride] = (j + v.pad_w) / kStride;
+  shape.swapped = v.pad_w % kStride != 0;
+  shape.stream = p.n * p.c * p.h * p.w * static_cast<int64_t>(sizeof(T)) >= kLargeImage &&
+                 p.w * static_cast<int64_t>(sizeof(T)) % 64 == 0;
+  const int64_t lead = round_up((kReach - 1) / kStride, lanes<C>), held = kHeld * kStride * shape.width;
+  const int64_t length = lead + round_up(max64(p.q, shape.width + v.pad_w / kStride + 1), lanes<C>);
   const int64_t unit_rows = rows_per_unit(p.n * p.c, p.h), units_each = ceil_div(p.h, unit_rows);
-  const bool stream = p.n * p.c * p.h * p.w * static_cast<int64_t>(sizeof(T)) >= kLargeImage &&
-                      p.w * static_cast<int64_t>(sizeof(T)) % 64 == 0;
 
   struct Piece {
-    C *dy, *held;
+    C *dy, *held;  // dy and choice: two rows, since the next one is written while one is read
     uint8_t* choice;
     T* beside;  // a row of dx that is another unit's
   };
   const auto lay_out = [&](Arena arena, int64_t* bytes) {
     Piece s;
-    s.dy = arena.take<C>(length);
-    s.held = arena.take<C>(kHeld * kStride * width + 1);
-    s.choice = arena.take<uint8_t>(length);
+    s.dy = arena.take<C>(2 * length);
+    s.held = arena.take<C>(held);
+    s.choice = arena.take<uint8_t>(2 * length);
     s.beside = arena.take<T>(p.w);
     *bytes = arena.used;
     return s;
@@ -58,7 +147,9 @@ void backward_nchw_rows(const IndexPool2dParams& p) {
   {
     int64_t ignored;
     const Piece s = lay_out(Arena{static_cast<char*>(scratch.piece(omp_get_thread_num()))}, &ignored);
-    for (int64_t i = 0; i < length; ++i) s.dy[i] = 0, s.choice[i] = kNoOffset;
+    for (int64_t i = 0; i < 2 * length; ++i) s.dy[i] = 0, s.choice[i] = kNoOffset;
+    RowsUnderWindows<T> rows = shape;
+    rows.held = s.held;
 
 #pragma omp for schedule(static)
     for (int64_t unit = 0; unit < p.n * p.c * units_each; ++unit) {
@@ -66,68 +157,36 @@ void backward_nchw_rows(const IndexPool2dParams& p) {
       const T* const dy = static_cast<const T*>(p.in) + plane * p.p * p.q;
       const uint8_t* const choice = static_cast<const uint8_t*>(p.choice) + plane * p.p * p.q;
       T* const dx = static_cast<T*>(p.out) + plane * p.h * p.w;
-      for (int64_t i = 0; i < kHeld * kStride * width; ++i) s.held[i] = 0;
-      for (int64_t pp = first_window(from, v.pad_h, kReach, kStride); pp * kStride - v.pad_h < to; ++pp) {
+      for (int64_t i = 0; i < held; ++i) s.held[i] = 0;
+      const auto fetch = [&](int64_t pp) {
+        const int64_t at = pp % 2 * length + lead;
         if (pp < p.p) {
           for (int64_t q = 0; q < p.q; q += lanes<C>)
-            store(s.dy + lead + q, load_n(dy + pp * p.q + q, part_of<C>(q, p.q)));
-          std::memcpy(s.choice + lead, choice + pp * p.q, p.q);
+            store(s.dy + at + q, load_n(dy + pp * p.q + q, part_of<C>(q, p.q)));
+          std::memcpy(s.choice + at, choice + pp * p.q, p.q);
         } else {
-          for (int64_t q = 0; q < p.q; ++q) s.dy[lead + q] = 0;
+          for (int64_t q = 0; q < p.q; ++q) s.dy[at + q] = 0;
         }
-        T* rows[kStride];
+      };
+      const int64_t first = first_window(from, v.pad_h, kReach, kStride), last = ceil_div(to + v.pad_h, kStride);
+      fetch(first);
+      for (int64_t pp = first; pp < last; ++pp) {
+        fetch(pp + 1);
         for (int a = 0; a < kStride; ++a) {
           const int64_t h = pp * kStride - v.pad_h + a;
-          rows[a] = h >= from && h < to ? dx + h * p.w : s.beside;
+          rows.done[a] = h >= from && h < to ? dx + h * p.w : s.beside;
         }
-        for (int64_t i = 0; i < width; i += lanes<C>) {
-          vec<C> sums[kReach][kStride];
-#pragma GCC unroll 16
-          for (int a = 0; a < kReach; ++a)
-#pragma GCC unroll 2
-            for (int k = 0; k < kStride; ++k)
-              sums[a][k] = a < kHeld ? load(s.held + (a * kStride + k) * width + i) : vec<C>{};
-#pragma GCC unroll 8
-          for (int t = kKernel - 1; t >= 0; --t) {  // the farthest tap is the first window's
-            constexpr int kLast = kStride - 1;
-            const int k = t * kDilation & kLast;
-            const int64_t at = lead + i + shift[k] - t * kDilation / kStride;
-            const LaneBytes<C> chosen(s.choice + at);
-            const vec<C> g = load(s.dy + at);
-#pragma GCC unroll 8
-            for (int r = 0; r < kKernel; ++r)
-              sums[r * kDilation][k] =
-                  chosen.add_where(static_cast<uint8_t>(r * kKernel + t), sums[r * kDilation][k], g);
-          }
-#pragma GCC unroll 16
-          for (int a = 0; a < kHeld; ++a)
-#pragma GCC unroll 2
-            for (int k = 0; k < kStride; ++k)
-              store(s.held + (a * kStride + k) * width + i, sums[a + kStride][k]);
-          const int64_t left = p.w - kStride * i;
-          const int part = static_cast<int>(min64(left, lanes<C>));
-#pragma GCC unroll 2
-          for (int a = 0; a < kStride; ++a) {
-            if constexpr (kStride == 1) {
-              store_output(rows[a] + i, sums[a][0], part, stream);
-            } else {
-              const vec<C> first = sums[a][swapped ? 1 : 0], second = sums[a][swapped ? 0 : 1];
-              store_output(rows[a] + 2 * i, zip_low(first, second), part, stream);
-              if (left > lanes<C>)
-                store_output(rows[a] + 2 * i + lanes<C>, zip_high(first, second),
-                             static_cast<int>(min64(left - lanes<C>, lanes<C>)), stream);
-            }
-          }
-        }
+        const int64_t at = pp % 2 * length + lead;
+        add_windows<T, kKernel, kStride, kDilation>(s.choice + at, s.dy + at, rows);
       }
-      if (stream) end_streaming();
+      if (shape.stream) end_streaming();
     }
   }
 }
 
 // Any other windows: dy is added where the choice says, in bands of dx that stay in L1 until they are done. Windows that
 // reach over the edge of a band are visited for both. With offsets, a band is padded to hold whatever its windows may
-// choose; indices are looked at one by one.
+// choose; indices are looked at one by one, and may be added to dx itself.
 constexpr int64_t kBandBytes = 16 << 10;
 
 template <class T, bool kIndices>
@@ -142,6 +201,7 @@ void backward_nchw_scatter(const IndexPool2dParams& p) {
   const int64_t bands = ceil_div(p.h, min64(fit, rows_per_unit(p.n * p.c, p.h))), band = ceil_div(p.h, bands);
   const int64_t cells = (band + 2 * above) * pitch, offsets = v.kernel_h * v.kernel_w;
   const bool stream = p.n * p.c * p.h * p.w * static_cast<int64_t>(sizeof(T)) >= kLargeImage;
+  const bool in_place = kIndices && std::is_same_v<T, C> && !stream;
 
   struct Piece {
     C* sums;
@@ -149,7 +209,7 @@ void backward_nchw_scatter(const IndexPool2dParams& p) {
   };
   const auto lay_out = [&](Arena arena, int64_t* bytes) {
     Piece s;
-    s.sums = arena.take<C>(round_up(cells, lanes<C>));
+    s.sums = arena.take<C>(in_place ? 0 : round_up(cells, lanes<C>));
     s.step = arena.take<int64_t>(kIndices ? 0 : offsets);
     s.begin = arena.take<int64_t>(kIndices ? p.q : 0);
     s.end = arena.take<int64_t>(kIndices ? p.q : 0);
@@ -179,7 +239,14 @@ void backward_nchw_scatter(const IndexPool2dParams& p) {
       const int64_t plane = unit / bands, from = min64(unit % bands * band, p.h), to = min64(from + band, p.h);
       if (from == to) continue;
       const T* const dy = static_cast<const T*>(p.in) + plane * p.p * p.q;
-      for (int64_t i = 0; i < cells; i += lanes<C>) store(s.sums + i, vec<C>{});
+      T* const dx = static_cast<T*>(p.out) + (plane * p.h + from) * p.w;
+      C* band_sums = s.sums;
+      if (in_place) {
+        if constexpr (std::is_same_v<T, C>) band_sums = dx;
+        std::memset(static_cast<void*>(dx), 0, (to - from) * p.w * sizeof(T));
+      } else {
+        for (int64_t i = 0; i < cells; i += lanes<C>) store(s.sums + i, vec<C>{});
+      }
       const int64_t p0 = p.adaptive ? adaptive_first(from, p.h, p.p) : first_window(from, v.pad_h, reach_h, v.stride_h);
       const int64_t p1 = p.adaptive ? adaptive_last(to - 1, p.h, p.p) : last_window(to - 1, v.pad_h, v.stride_h, p.p);
       for (int64_t pp = p0; pp < p1; ++pp) {
@@ -196,16 +263,16 @@ void backward_nchw_scatter(const IndexPool2dParams& p) {
             const int64_t h = static_cast<uint32_t>(cell) / static_cast<uint32_t>(p.w), w = cell - h * p.w;
             if (w < s.begin[q] || w >= s.end[q]) continue;
             if (dilated && ((h - begin) % v.dilation_h != 0 || (w - s.begin[q]) % v.dilation_w != 0)) continue;
-            s.sums[cell - from * p.w] += load_scalar(dy[pp * p.q + q]);
+            band_sums[cell - from * p.w] += load_scalar(dy[pp * p.q + q]);
           }
         } else {
           const uint8_t* const choice = static_cast<const uint8_t*>(p.choice) + at;
-          C* const corner = s.sums + (pp * v.stride_h - v.pad_h - from + above) * pitch;
+          C* const corner = band_sums + (pp * v.stride_h - v.pad_h - from + above) * pitch;
           for (int64_t q = 0; q < p.q; ++q)
             if (choice[q] < offsets) corner[q * v.stride_w + s.step[choice[q]]] += load_scalar(dy[pp * p.q + q]);
         }
       }
-      T* const dx = static_cast<T*>(p.out) + (plane * p.h + from) * p.w;
+      if (in_place) continue;
       const C* const sums = s.sums + above * pitch + pad_w;
       const bool gapless = pitch == p.w;
       const int64_t lines = gapless ? 1 : to - from, length = gapless ? (to - from) * p.w : p.w;

@@ -66,12 +66,15 @@ void add_windows(const uint8_t* choice, const compute_t<T>* dy, const RowsUnderW
   T *const first_done = rows.done[0], *const second_done = rows.done[1];
   const int64_t width = rows.width, w = rows.w, shift[2] = {rows.shift[0], rows.shift[1]};
   const bool swapped = rows.swapped, stream = rows.stream;
+  // Whether any tap sees a row and a phase.
+  constexpr auto reached = [](int a, int k) { return kDilation % kStride != 0 || (a % kStride == 0 && k == 0); };
   for (int64_t i = 0; i < width; i += lanes<C>) {
     vec<C> sums[kReach][kStride];
 #pragma GCC unroll 16
     for (int a = 0; a < kReach; ++a)
 #pragma GCC unroll 2
-      for (int k = 0; k < kStride; ++k) sums[a][k] = a < kHeld ? load(held + (a * kStride + k) * width + i) : vec<C>{};
+      for (int k = 0; k < kStride; ++k)
+        sums[a][k] = a < kHeld && reached(a, k) ? load(held + (a * kStride + k) * width + i) : vec<C>{};
 #pragma GCC unroll 8
     for (int t = kKernel - 1; t >= 0; --t) {  // the farthest tap is the first window's
       const int k = t * kDilation % kStride;
@@ -85,7 +88,8 @@ void add_windows(const uint8_t* choice, const compute_t<T>* dy, const RowsUnderW
 #pragma GCC unroll 16
     for (int a = 0; a < kHeld; ++a)
 #pragma GCC unroll 2
-      for (int k = 0; k < kStride; ++k) store(held + (a * kStride + k) * width + i, sums[a + kStride][k]);
+      for (int k = 0; k < kStride; ++k)
+        if (reached(a, k)) store(held + (a * kStride + k) * width + i, sums[a + kStride][k]);
     const int64_t left = w - kStride * i;
     const int part = static_cast<int>(min64(left, lanes<C>));
 #pragma GCC unroll 2
@@ -366,13 +370,21 @@ void pixel_nhwc(T* dx, const T* dy, const void* choice, int64_t choice_at, const
 #pragma GCC unroll 4
     for (int64_t k = 0; k < total; ++k) {
       const int64_t at = holders[k].at + c;
+      const vec<C> g = load_n(dy + at, part);
+      if constexpr (!kIndices) {
+        if (part == lanes<C>) {
+          sum = LaneBytes<C>(static_cast<const uint8_t*>(choice) + choice_at + at, 0)
+                    .add_where(static_cast<int>(holders[k].chosen), sum, g);
+          continue;
+        }
+      }
       ivec<C> chosen;
       if constexpr (kIndices) {
         chosen = load_i64_n<C>(static_cast<const int64_t*>(choice) + choice_at + at, part);
       } else {
         chosen = load_u8_n<C>(static_cast<const uint8_t*>(choice) + choice_at + at, part);
       }
-      sum += chosen == ivec<C>{} + static_cast<I>(holders[k].chosen) ? load_n(dy + at, part) : vec<C>{};
+      sum += chosen == ivec<C>{} + static_cast<I>(holders[k].chosen) ? g : vec<C>{};
     }
     store_output(dx + c, sum, part, stream);
   };
@@ -388,48 +400,106 @@ void backward_nhwc(const IndexPool2dParams& p) {
   const int64_t reach_h = (v.kernel_h - 1) * v.dilation_h + 1, reach_w = (v.kernel_w - 1) * v.dilation_w + 1;
   const int64_t most = p.adaptive ? (p.p / p.h + 2) * (p.q / p.w + 2)
                                   : ((reach_h - 1) / v.stride_h + 1) * ((reach_w - 1) / v.stride_w + 1);
-  const int64_t holders_each = min64(most, p.p * p.q);
-  const ScratchPieces scratch(p.threads, holders_each * static_cast<int64_t>(sizeof(Holder)));
-#pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (int64_t row = 0; row < p.n * p.h; ++row) {
-    Holder* const holders = static_cast<Holder*>(scratch.piece(omp_get_thread_num()));
-    const int64_t h = row % p.h, image = row / p.h * p.p * p.q * p.c;
-    const T* const dy = static_cast<const T*>(p.in) + image;
-    const int64_t p0 = p.adaptive ? adaptive_first(h, p.h, p.p) : first_window(h, v.pad_h, reach_h, v.stride_h);
-    const int64_t p1 = p.adaptive ? adaptive_last(h, p.h, p.p) : last_window(h, v.pad_h, v.stride_h, p.p);
+  struct Piece {
+    Holder* holders;
+    int64_t *q0, *q1;              // the windows over each column
+    int64_t *offset_h, *offset_w;  // what a tap so many cells into a window adds to an offset; negative between taps
+  };
+  const auto lay_out = [&](Arena arena, int64_t* bytes) {
+    Piece s;
+    s.holders = arena.take<Holder>(min64(most, p.p * p.q));
+    s.q0 = arena.take<int64_t>(p.w);
+    s.q1 = arena.take<int64_t>(p.w);
+    s.offset_h = arena.take<int64_t>(kIndices ? 0 : reach_h);
+    s.offset_w = arena.take<int64_t>(kIndices ? 0 : reach_w);
+    *bytes = arena.used;
+    return s;
+  };
+  int64_t bytes;
+  lay_out(Arena{nullptr}, &bytes);
+  const ScratchPieces scratch(p.threads, bytes);
+
+#pragma omp parallel num_threads(p.threads)
+  {
+    int64_t ignored;
+    const Piece s = lay_out(Arena{static_cast<char*>(scratch.piece(omp_get_thread_num()))}, &ignored);
     for (int64_t w = 0; w < p.w; ++w) {
-      const int64_t q0 = p.adaptive ? adaptive_first(w, p.w, p.q) : first_window(w, v.pad_w, reach_w, v.stride_w);
-      const int64_t q1 = p.adaptive ? adaptive_last(w, p.w, p.q) : last_window(w, v.pad_w, v.stride_w, p.q);
-      int64_t count = 0;
-      for (int64_t pp = p0; pp < p1; ++pp)
-        for (int64_t q = q0; q < q1; ++q) {
-          int64_t chosen = h * p.w + w;
-          if constexpr (!kIndices) {
-            int64_t down = h + v.pad_h - pp * v.stride_h, right = w + v.pad_w - q * v.stride_w;
-            if (v.dilation_h != 1 || v.dilation_w != 1) {
-              if (down % v.dilation_h != 0 || right % v.dilation_w != 0) continue;
-              down /= v.dilation_h, right /= v.dilation_w;
+      s.q0[w] = p.adaptive ? adaptive_first(w, p.w, p.q) : first_window(w, v.pad_w, reach_w, v.stride_w);
+      s.q1[w] = p.adaptive ? adaptive_last(w, p.w, p.q) : last_window(w, v.pad_w, v.stride_w, p.q);
+    }
+    if constexpr (!kIndices) {
+      constexpr int64_t kNone = -1 - kNoOffset;
+      for (int64_t i = 0; i < reach_h; ++i)
+        s.offset_h[i] = i % v.dilation_h == 0 ? i / v.dilation_h * v.kernel_w : kNone;
+      for (int64_t i = 0; i < reach_w; ++i) s.offset_w[i] = i % v.dilation_w == 0 ? i / v.dilation_w : kNone;
+    }
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < p.n * p.h; ++row) {
+      const int64_t h = row % p.h, image = row / p.h * p.p * p.q * p.c;
+      const T* const dy = static_cast<const T*>(p.in) + image;
+      const int64_t p0 = p.adaptive ? adaptive_first(h, p.h, p.p) : first_window(h, v.pad_h, reach_h, v.stride_h);
+      const int64_t p1 = p.adaptive ? adaptive_last(h, p.h, p.p) : last_window(h, v.pad_h, v.stride_h, p.p);
+      for (int64_t w = 0; w < p.w; ++w) {
+        int64_t count = 0;
+        for (int64_t pp = p0; pp < p1; ++pp)
+          for (int64_t q = s.q0[w]; q < s.q1[w]; ++q) {
+            int64_t chosen = h * p.w + w;
+            if constexpr (!kIndices) {
+              chosen = s.offset_h[h + v.pad_h - pp * v.stride_h] + s.offset_w[w + v.pad_w - q * v.stride_w];
+              if (chosen < 0) continue;
             }
-            chosen = down * v.kernel_w + right;
+            s.holders[count++] = {(pp * p.q + q) * p.c, chosen};
           }
-          holders[count++] = {(pp * p.q + q) * p.c, chosen};
+        T* const dx = static_cast<T*>(p.out) + (row * p.w + w) * p.c;
+        switch (count) {
+          case 0: std::memset(static_cast<void*>(dx), 0, p.c * sizeof(T)); break;
+          case 1: pixel_nhwc<T, kIndices, 1>(dx, dy, p.choice, image, s.holders, count, p.c, stream); break;
+          case 2: pixel_nhwc<T, kIndices, 2>(dx, dy, p.choice, image, s.holders, count, p.c, stream); break;
+          case 4: pixel_nhwc<T, kIndices, 4>(dx, dy, p.choice, image, s.holders, count, p.c, stream); break;
+          default: pixel_nhwc<T, kIndices, 0>(dx, dy, p.choice, image, s.holders, count, p.c, stream);
         }
-      T* const dx = static_cast<T*>(p.out) + (row * p.w + w) * p.c;
-      switch (count) {
-        case 1: pixel_nhwc<T, kIndices, 1>(dx, dy, p.choice, image, holders, count, p.c, stream); break;
-        case 2: pixel_nhwc<T, kIndices, 2>(dx, dy, p.choice, image, holders, count, p.c, stream); break;
-        case 4: pixel_nhwc<T, kIndices, 4>(dx, dy, p.choice, image, holders, count, p.c, stream); break;
-        default: pixel_nhwc<T, kIndices, 0>(dx, dy, p.choice, image, holders, count, p.c, stream);
+      }
+      if (stream) end_streaming();
+    }
+  }
+}
+
+// Windows apart from each other, by indices: each writes its rows of dx alone.
+template <class T>
+void backward_nhwc_apart(const IndexPool2dParams& p) {
+  const Windows& v = p.windows;
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t row = 0; row < p.n * p.p; ++row) {
+    const int64_t pp = row % p.p, top = pp * v.stride_h - v.pad_h;
+    const int64_t from = pp == 0 ? 0 : max64(top, 0), to = pp + 1 == p.p ? p.h : max64(top + v.stride_h, 0);
+    T* const image = static_cast<T*>(p.out) + row / p.p * p.h * p.w * p.c;
+    std::memset(static_cast<void*>(image + from * p.w * p.c), 0, (to - from) * p.w * p.c * sizeof(T));
+    for (int64_t q = 0; q < p.q; ++q) {
+      const int64_t left = q * v.stride_w - v.pad_w, at = (row * p.q + q) * p.c;
+      const T* const dy = static_cast<const T*>(p.in) + at;
+      const int64_t* const choice = static_cast<const int64_t*>(p.choice) + at;
+      for (int64_t c = 0; c < p.c; ++c) {
+        const int64_t cell = choice[c];
+        if (cell < from * p.w || cell >= to * p.w) continue;
+        const int64_t h = static_cast<uint32_t>(cell) / static_cast<uint32_t>(p.w), w = cell - h * p.w;
+        if (h >= top && h < top + v.kernel_h && w >= left && w < left + v.kernel_w) image[cell * p.c + c] = dy[c];
       }
     }
-    if (stream) end_streaming();
   }
+}
+// Large ones: nearly all of dx is zero then.
+bool large_and_apart(const IndexPool2dParams& p) {
+  const Windows& v = p.windows;
+  return !p.adaptive && p.mode == Choice::indices && v.stride_h >= v.kernel_h && v.stride_w >= v.kernel_w &&
+         v.dilation_h == 1 && v.dilation_w == 1 && v.kernel_h * v.kernel_w >= 8;
 }
 
 template <class T>
 void backward(const IndexPool2dParams& p) {
   const bool indices = p.mode == Choice::indices;
-  if (p.layout == Layout::nhwc) {
+  if (p.layout == Layout::nhwc && large_and_apart(p)) {
+    backward_nhwc_apart<T>(p);
+  } else if (p.layout == Layout::nhwc) {
     indices ? backward_nhwc<T, true>(p) : backward_nhwc<T, false>(p);
   } else if (!p.adaptive && side_by_side_2x2(p)) {
     indices ? backward_nchw_2x2<T, true>(p) : backward_nchw_2x2<T, false>(p);

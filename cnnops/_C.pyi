@@ -195,6 +195,9 @@ def index_pool2d_backward(
     threads: int,
     kernel: int = -1,
 ) -> None: ...
+def index_pool2d_backward_direct(
+    dy: Tensor, choice: Tensor, h: int, w: int, kernel_size: Any, stride: Any, padding: Any, dilation: Any, threads: int
+) -> Any: ...
 def index_pool2d_gather(
     dy: Tensor,
     dx: Tensor,

@@ -187,6 +187,61 @@ void forward_nchw(const MaxPool2dParams& p) {
   }
 }
 
+// Rows of tall windows that no other row of windows shares: first the best of each column, along whole rows of the image, then
+// the best of those, where of equal values in two columns the upper is first.
+template <class T, bool kPick>
+void forward_nchw_tall(const MaxPool2dParams& p) {
+  using C = compute_t<T>;
+  using I = int_t<C>;
+  const Windows& v = p.windows;
+  const int64_t width = round_up(p.w, lanes<C>);
+  const ScratchPieces scratch(p.threads, 2 * width * static_cast<int64_t>(sizeof(C)));
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t row = 0; row < p.n * p.c * p.p; ++row) {
+    C* const values = static_cast<C*>(scratch.piece(omp_get_thread_num()));
+    I* const rows = reinterpret_cast<I*>(values + width);
+    const T* const x = static_cast<const T*>(p.x) + row / p.p * p.h * p.w;
+    const int64_t top = row % p.p * v.stride_h - v.pad_h;
+    const int64_t r0 = first_tap(top, v.dilation_h), r1 = last_tap(top, v.kernel_h, v.dilation_h, p.h);
+    for (int64_t w = 0; w < p.w && r0 < r1; w += lanes<C>) {
+      const int part = part_of<C>(w, p.w);
+      const T* at = x + (top + r0 * v.dilation_h) * p.w + w;
+      Best<C> best{load_n(at, part), ivec<C>{} + static_cast<I>(r0)};
+      for (int64_t r = r0 + 1; r < r1; ++r)
+        take<C, true>(best, load_n(at += v.dilation_h * p.w, part), ivec<C>{} + static_cast<I>(r));
+      store(values + w, best.value);
+      store_choice_row<C>(rows + w, best.choice);
+    }
+    for (int64_t q = 0; q < p.q; ++q) {
+      const int64_t left = q * v.stride_w - v.pad_w;
+      const int64_t s0 = first_tap(left, v.dilation_w), s1 = last_tap(left, v.kernel_w, v.dilation_w, p.w);
+      const bool any = r0 < r1 && s0 < s1;
+      const C* const value_at = values + left;
+      const I* const row_at = rows + left;
+      int64_t s = s0;
+      C best = any ? value_at[s0 * v.dilation_w] : kLowest<C>;
+      I best_row = any ? row_at[s0 * v.dilation_w] : 0;
+      for (int64_t t = s0 + 1; t < s1 && any; ++t) {
+        const C now = value_at[t * v.dilation_w];
+        const I now_row = row_at[t * v.dilation_w];
+        const bool wins =
+            now != now ? best == best || now_row >= best_row : now > best || (now == best && now_row < best_row);
+        if (wins) best = now, best_row = now_row, s = t;
+      }
+      const int64_t out = row * p.q + q;
+      store_scalar(static_cast<T*>(p.y) + out, best);
+      if constexpr (kPick) {
+        if (p.mode == Choice::offsets) {
+          static_cast<uint8_t*>(p.choice)[out] = any ? static_cast<uint8_t>(best_row * v.kernel_w + s) : kNoOffset;
+        } else {
+          static_cast<int64_t*>(p.choice)[out] =
+              any ? (top + best_row * v.dilation_h) * p.w + left + s * v.dilation_w : kNoIndex;
+        }
+      }
+    }
+  }
+}
+
 template <class T, bool kPick>
 void forward_nhwc(const MaxPool2dParams& p) {
   using C = compute_t<T>;
@@ -227,7 +282,9 @@ void forward_nhwc(const MaxPool2dParams& p) {
 
 template <class T, bool kPick>
 void forward_as(const MaxPool2dParams& p) {
+  const Windows& v = p.windows;
   if (p.layout == Layout::nhwc) return forward_nhwc<T, kPick>(p);
+  if (v.kernel_h >= 4 && v.stride_h > (v.kernel_h - 1) * v.dilation_h) return forward_nchw_tall<T, kPick>(p);
   if (p.windows.kernel_w == 2) return forward_nchw<T, kPick, 2>(p);
   if (p.windows.kernel_w == 3) return forward_nchw<T, kPick, 3>(p);
   if (p.windows.kernel_w == 5) return forward_nchw<T, kPick, 5>(p);

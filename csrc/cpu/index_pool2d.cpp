@@ -202,7 +202,8 @@ void backward_nchw_scatter(const IndexPool2dParams& p) {
   const int64_t pad_w = kIndices ? 0 : v.pad_w, above = kIndices ? 0 : reach_h - 1;
   const int64_t pitch = kIndices ? p.w : max64(pad_w + p.w, (p.q - 1) * v.stride_w + reach_w);
   const int64_t fit = max64(kBandBytes / (pitch * static_cast<int64_t>(sizeof(C))), 4 * reach_h);
-  const int64_t bands = ceil_div(p.h, min64(fit, rows_per_unit(p.n * p.c, p.h))), band = ceil_div(p.h, bands);
+  const int64_t bands = ceil_div(p.h, min64(fit, max64(rows_per_unit(p.n * p.c, p.h), reach_h)));
+  const int64_t band = ceil_div(p.h, bands);
   const int64_t cells = (band + 2 * above) * pitch, offsets = v.kernel_h * v.kernel_w;
   const bool stream = p.n * p.c * p.h * p.w * static_cast<int64_t>(sizeof(T)) >= kLargeImage;
   const bool in_place = kIndices && std::is_same_v<T, C> && !stream;

@@ -29,6 +29,17 @@ def avg_pool2d_backward(
     threads: int,
     kernel: int = -1,
 ) -> None: ...
+def avg_pool2d_backward_direct(
+    dy: Tensor,
+    h: int,
+    w: int,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+    count_include_pad: bool,
+    channels_last: bool,
+    threads: int,
+) -> Any: ...
 def avg_pool2d_direct(
     x: Tensor,
     kernel_size: Any,
@@ -195,6 +206,9 @@ def index_pool2d_backward(
     threads: int,
     kernel: int = -1,
 ) -> None: ...
+def index_pool2d_backward_direct(
+    dy: Tensor, choice: Tensor, h: int, w: int, kernel_size: Any, stride: Any, padding: Any, dilation: Any, threads: int
+) -> Any: ...
 def index_pool2d_gather(
     dy: Tensor,
     dx: Tensor,

@@ -96,6 +96,8 @@ AVG_POOLS = (
     dict(kernel_size=(2, 2), stride=(2, 2), padding=(0, 0), count_include_pad=True, divisor=0),
     dict(kernel_size=(3, 2), stride=(2, 1), padding=(1, 1), count_include_pad=False, divisor=0),
     dict(kernel_size=(5, 5), stride=(3, 4), padding=(2, 2), count_include_pad=True, divisor=7),
+    dict(kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), count_include_pad=True, divisor=0),
+    dict(kernel_size=(3, 7), stride=(2, 3), padding=(0, 2), count_include_pad=False, divisor=0),
 )
 
 
@@ -112,7 +114,7 @@ def _avg_pool2d_forward() -> Iterator[Callable]:
         return Check(y, expected, F.avg_pool2d(x.double().abs(), **oracle))
 
     for format in FORMATS:
-        for shape in ((2, 3, 9, 11), (1, 37, 8, 8)):
+        for shape in ((2, 3, 9, 11), (1, 37, 8, 8), (1, 65, 13, 37)):
             for pool in AVG_POOLS:
                 yield partial(run, format=format, shape=shape, pool=pool)
 
@@ -132,7 +134,7 @@ def _avg_pool2d_backward() -> Iterator[Callable]:
         return Check(dx, expected, magnitude)
 
     for format in FORMATS:
-        for shape in ((2, 3, 9, 11), (1, 37, 8, 8)):
+        for shape in ((2, 3, 9, 11), (1, 37, 8, 8), (1, 65, 13, 37)):
             for pool in AVG_POOLS:
                 yield partial(run, format=format, shape=shape, pool=pool)
 
@@ -182,8 +184,14 @@ PICK_POOLS = (
     pool((5, 4), (4, 1), (2, 2), (2, 2)),
     pool((1, 3), (1, 4)),
     pool((8, 8), (8, 8)),
+    pool((4, 4), (8, 2), (2, 1), (2, 2)),
+    pool((3, 3), (2, 2)),
+    pool((3, 3), (2, 2), (1, 1), (2, 2)),
+    pool((5, 5), (1, 1), (2, 2)),
 )
 PICK_SHAPES = ((2, 3, 17, 19), (1, 37, 8, 8), (1, 2, 9, 67))
+# So many planes that they are not cut into units; those of the second are of more rows than are worked on at a time.
+MANY_PLANES, MANY_TALL_PLANES = (1, 64, 9, 21), (1, 64, 61, 40)
 
 
 ADAPTIVE_SIZES = ((1, 1), (2, 3), (4, 4), (5, 7), (20, 20))
@@ -234,7 +242,7 @@ def _max_pool2d_forward() -> Iterator[Callable]:
         return run_pick(C.max_pool2d_forward, x, y, indices, mode, pool, format, row)
 
     for format in FORMATS:
-        for shape in PICK_SHAPES:
+        for shape in (*PICK_SHAPES, MANY_TALL_PLANES):
             for pool in PICK_POOLS:
                 for mode in ("none", "offsets", "indices"):
                     yield partial(run, format=format, shape=shape, pool=pool, mode=mode)
@@ -317,7 +325,7 @@ def _median_pool2d_forward() -> Iterator[Callable]:
 def picks() -> Iterator[dict]:
     """The problems of index_pool2d."""
     for format in FORMATS:
-        for shape in PICK_SHAPES:
+        for shape in (*PICK_SHAPES, MANY_PLANES):
             for pool in PICK_POOLS:
                 for mode in ("offsets", "indices"):
                     yield dict(format=format, shape=shape, pool=pool, mode=mode)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._core import C, Operator, dense, empty, memory_format, needs_composite, threads
 from ._pooling import adaptable, adaptive_by_pytorch, adaptive_images, adaptive_size, plane_fits, takes_over
-from .index_pool2d import index_pool2d_backward
+from .index_pool2d import gradient, index_pool2d_backward
 
 _ADAPTIVE = (None, (1, 1), (0, 0), (1, 1))  # the windows, as index_pool2d takes them
 
@@ -42,8 +42,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Any, ...]:
-    dx = None if dy is None else index_pool2d_backward(dy, *ctx.saved_tensors, *ctx.size, *_ADAPTIVE)
-    return dx, None
+    if dy is None:
+        return None, None
+    (indices,) = ctx.saved_tensors
+    dx = gradient(dy, indices, ctx.size, *_ADAPTIVE)
+    return index_pool2d_backward(dy, indices, *ctx.size, *_ADAPTIVE) if dx is None else dx, None
 
 
 adaptive_max_pool2d_op = Operator(

@@ -75,8 +75,14 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        *pairs, ceil_mode, count_include_pad = ctx.given
-        pairs = window("avg_pool2d", *pairs)[:3]
+        kernel, stride, padding, ceil_mode, count_include_pad = ctx.given
+        if not torch.is_grad_enabled() and direct():
+            dx = C.avg_pool2d_backward_direct(
+                dy, ctx.size[0], ctx.size[1], kernel, stride, padding, count_include_pad, ctx.channels_last, threads()
+            )
+            if dx is not None:
+                return dx, *[None] * 6
+        pairs = window("avg_pool2d", kernel, stride, padding)[:3]
         dx = avg_pool2d_backward(dy, *ctx.size, *pairs, ceil_mode, count_include_pad, 0, ctx.channels_last)
         return dx, *[None] * 6
 

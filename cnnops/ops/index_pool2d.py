@@ -6,12 +6,13 @@ indices ``h * W + w``. ``kernel`` None means adaptive windows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._core import C, Operator, dense, empty, memory_format, threads
+from ._core import C, Operator, dense, direct, empty, memory_format, threads
 from ._pooling import output_size
 
 
@@ -63,6 +64,15 @@ index_pool2d_backward = Operator(
     backward=_backward,
     foldable=(0, 1),
 )
+
+
+def gradient(
+    dy: Tensor, choice: Tensor, size: Sequence[int], kernel: Any, stride: Any, padding: Any, dilation: Any
+) -> Tensor | None:
+    """The gradient of images of this size, windows as the user gave them; None where that takes the operator."""
+    if torch.is_grad_enabled() or not direct():
+        return None
+    return C.index_pool2d_backward_direct(dy, choice, size[0], size[1], kernel, stride, padding, dilation, threads())
 
 
 def _gather_kernel(

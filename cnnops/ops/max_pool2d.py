@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._core import C, applier, direct, needs_composite, supported, threads
 from ._pooling import as_images, check_bool, plane_fits, takes_over, window
-from .index_pool2d import PickOperators, index_pool2d_backward
+from .index_pool2d import PickOperators, gradient, index_pool2d_backward
 
 max_pool2d_op = PickOperators("max_pool2d", C.max_pool2d_forward)
 
@@ -29,8 +29,11 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        pairs = window("max_pool2d", *ctx.given)
-        return index_pool2d_backward(dy, *ctx.saved_tensors, *ctx.size, *pairs), *[None] * 5
+        (choice,) = ctx.saved_tensors
+        dx = gradient(dy, choice, ctx.size, *ctx.given)
+        if dx is None:
+            dx = index_pool2d_backward(dy, choice, *ctx.size, *window("max_pool2d", *ctx.given))
+        return dx, *[None] * 5
 
 
 _Direct.__name__ = _Direct.__qualname__ = "max_pool2d_pick"

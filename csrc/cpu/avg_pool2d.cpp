@@ -1,6 +1,6 @@
 // Mean pooling. NCHW: vectors run along a row; the window's rows are summed first, then its columns, from a padded row
-// cut into the stride's phases (cpu/pool_rows.h). Backward works from the cells back to the windows in the same two steps,
-// and rows of dx that the same windows cover are computed once. NHWC: vectors run along the channels.
+// cut into the stride's phases (cpu/pool_rows.h). Backward works from the windows to the cells in the same two steps, and
+// rows of dx that the same windows cover are computed once. NHWC: vectors run along the channels.
 // Every element is summed by one thread, in an order given by the shape alone.
 #include "ops/avg_pool2d.h"
 
@@ -84,26 +84,38 @@ void forward_nchw(const AvgPool2dParams& p) {
   }
 }
 
+// A row of dx is the sum of the windows' rows over it, spread over the windows' columns: cell c of the padded row sums the
+// windows c / stride, and those before it that reach it. So a vector of cells is, per such window, the vector of windows from
+// the first cell's on, permuted; `lane` and `reached` say how for each vector of a row.
 template <class T>
 void backward_nchw(const AvgPool2dParams& p) {
   using C = compute_t<T>;
-  const PhasedRow<C> phases(p.w, p.q, p.pad_w, p.kernel_w, p.stride_w, 1);
-  const int64_t lead = round_up((p.kernel_w - 1) / phases.stride, lanes<C>);
-  const int64_t length = lead + phases.length, width = round_up(p.q, lanes<C>);
+  using I = int_t<C>;
+  const int64_t terms = ceil_div(p.kernel_w, p.stride_w), ring = min64(ceil_div(p.kernel_h, p.stride_h), p.p);
+  const int64_t width = round_up(p.w, lanes<C>), columns = round_up(p.q, lanes<C>);
+  // Zeros before the first window and after the last.
+  const int64_t lead = round_up(terms, lanes<C>);
+  const int64_t length = lead + round_up(max64(p.q, (width + p.pad_w) / p.stride_w + 1), lanes<C>) + lanes<C>;
   const int64_t unit_rows = rows_per_unit(p.n * p.c, p.h), units_each = ceil_div(p.h, unit_rows);
+  const bool stream = p.n * p.c * p.h * p.w * static_cast<int64_t>(sizeof(T)) >= kLargeImage &&
+                      p.w * static_cast<int64_t>(sizeof(T)) % 64 == 0;
 
   struct Piece {
-    C *sums, *windows, *counts;
-    int64_t* phase_begin;
-    Tap* taps;
+    C *windows, *sums, *scale;  // windows: a ring of rows of dy over D
+    I *lane, *reached;
+    int64_t *held, *base, *p0, *p1;
   };
   const auto lay_out = [&](Arena arena, int64_t* bytes) {
     Piece s;
-    s.sums = arena.take<C>(phases.size());
-    s.windows = arena.take<C>(length);
-    s.counts = arena.take<C>(width);
-    s.phase_begin = arena.take<int64_t>(phases.stride + 1);
-    s.taps = arena.take<Tap>(p.kernel_w);
+    s.windows = arena.take<C>(ring * length);
+    s.sums = arena.take<C>(length);
+    s.scale = arena.take<C>(columns);
+    s.lane = arena.take<I>(width);
+    s.reached = arena.take<I>(terms * width);
+    s.held = arena.take<int64_t>(ring);
+    s.base = arena.take<int64_t>(width / lanes<C>);
+    s.p0 = arena.take<int64_t>(p.h);
+    s.p1 = arena.take<int64_t>(p.h);
     *bytes = arena.used;
     return s;
   };
@@ -115,40 +127,71 @@ void backward_nchw(const AvgPool2dParams& p) {
   {
     int64_t ignored;
     const Piece s = lay_out(Arena{static_cast<char*>(scratch.piece(omp_get_thread_num()))}, &ignored);
-    for (int64_t i = 0; i < length; ++i) s.windows[i] = 0;
-    for (int64_t q = 0; q < width; ++q) s.counts[q] = static_cast<C>(q < p.q ? columns_counted(p, q) : 1);
-    list_taps(phases, p.kernel_w, 1, s.phase_begin, s.taps);
-    C* const windows = s.windows + lead;
+    for (int64_t i = 0; i < ring * length; ++i) s.windows[i] = 0;
+    for (int64_t i = 0; i < length; ++i) s.sums[i] = 0;
+    for (int64_t h = 0; h < p.h; ++h) {
+      s.p0[h] = first_window(h, p.pad_h, p.kernel_h, p.stride_h);
+      s.p1[h] = last_window(h, p.pad_h, p.stride_h, p.p);
+    }
+    for (int64_t w = 0; w < width; ++w) {
+      const int64_t cell = w + p.pad_w, window = cell / p.stride_w;
+      if (w % lanes<C> == 0) s.base[w / lanes<C>] = window;
+      s.lane[w] = static_cast<I>(window - s.base[w / lanes<C>]);
+      for (int64_t k = 0; k < terms; ++k)
+        s.reached[k * width + w] = cell % p.stride_w + k * p.stride_w < p.kernel_w ? -1 : 0;
+    }
+    int64_t scaled = 0;  // the rows counted that `scale` is for
 
 #pragma omp for schedule(static)
     for (int64_t unit = 0; unit < p.n * p.c * units_each; ++unit) {
-      const int64_t plane = unit / units_each, from = unit % units_each * unit_rows;
+      const int64_t plane = unit / units_each, from = unit % units_each * unit_rows, to = min64(from + unit_rows, p.h);
       const T* const dy = static_cast<const T*>(p.in) + plane * p.p * p.q;
-      int64_t held_first = -1, held_last = -1;
-      for (int64_t h = from; h < min64(from + unit_rows, p.h); ++h) {
-        const int64_t p0 = first_window(h, p.pad_h, p.kernel_h, p.stride_h);
-        const int64_t p1 = last_window(h, p.pad_h, p.stride_h, p.p);
-        if (p0 != held_first || p1 != held_last) {
-          held_first = p0, held_last = p1;
-          for (int64_t q = 0; q < p.q; q += lanes<C>) {
-            const int part = part_of<C>(q, p.q);
-            vec<C> sum = {};
-            for (int64_t pp = p0; pp < p1; ++pp)
-              sum += load_n(dy + pp * p.q + q, part) / (load(s.counts + q) * static_cast<C>(rows_counted(p, pp)));
-            store(windows + q, sum);
+      for (int64_t i = 0; i < ring; ++i) s.held[i] = -1;
+      for (int64_t h = from, end; h < to; h = end) {  // rows of dx under the same windows
+        const int64_t p0 = s.p0[h], p1 = s.p1[h];
+        for (end = h + 1; end < to && s.p0[end] == p0 && s.p1[end] == p1;) ++end;
+        for (int64_t pp = p0; pp < p1; ++pp) {
+          const int64_t slot = pp % ring;
+          if (s.held[slot] == pp) continue;
+          s.held[slot] = pp;
+          const int64_t rows = rows_counted(p, pp);
+          if (rows != scaled) {
+            scaled = rows;
+            for (int64_t q = 0; q < columns; ++q)
+              s.scale[q] = 1 / static_cast<C>(rows * (q < p.q ? columns_counted(p, q) : 1));
           }
-          for (int64_t j = 0; j < phases.stride; ++j) {
-            TapRange<C> range(s.phase_begin[j + 1]);
-            for (int64_t i = phases.begin(j), end = phases.end(j); i < end; i += lanes<C>) {
-              range.move_to(i, p.q, s.taps, s.phase_begin[j]);
-              vec<C> sum = {};
-              for (int64_t t = range.lo; t < range.hi; ++t) sum += load(windows + i - s.taps[t].distance);
-              store(s.sums + j * phases.length + i, sum);
-            }
+          C* const to_windows = s.windows + slot * length + lead;
+          for (int64_t q = 0; q < p.q; q += lanes<C>)
+            store(to_windows + q, load_n(dy + pp * p.q + q, part_of<C>(q, p.q)) * load(s.scale + q));
+        }
+        const C* sums = s.sums + lead;
+        if (p1 - p0 == 1) {
+          sums = s.windows + p0 % ring * length + lead;
+        } else {
+          for (int64_t q = 0; q < p.q; q += lanes<C>) {
+            vec<C> sum = {};
+            for (int64_t pp = p0; pp < p1; ++pp) sum += load(s.windows + pp % ring * length + lead + q);
+            store(s.sums + lead + q, sum);
           }
         }
-        phases.merge(s.sums, static_cast<T*>(p.out) + (plane * p.h + h) * p.w);
+        T* const dx = static_cast<T*>(p.out) + (plane * p.h + h) * p.w;
+        for (int64_t w = 0; w < p.w; w += lanes<C>) {
+          const C* const at = sums + s.base[w / lanes<C>];
+          vec<C> sum = {};
+          if (p.stride_w == 1) {
+            for (int64_t k = terms - 1; k >= 0; --k) sum += load(at - k);
+          } else {
+            const ivec<C> lane = *reinterpret_cast<const ivec<C>*>(s.lane + w);
+            for (int64_t k = terms - 1; k >= 0; --k) {
+              const ivec<C> reached = *reinterpret_cast<const ivec<C>*>(s.reached + k * width + w);
+              sum += reached ? __builtin_shuffle(load(at - k), lane) : vec<C>{};
+            }
+          }
+          const int part = part_of<C>(w, p.w);
+          for (int64_t row = 0; row < end - h; ++row) store_output(dx + row * p.w + w, sum, part, stream);
+        }
       }
+      if (stream) end_streaming();
     }
   }
 }

@@ -1,8 +1,7 @@
-// Derivatives of picking poolings. Backward is a gather: each element of dx asks the windows that hold it whether they
-// chose it, so nothing is zeroed first, nothing is added atomically, and one thread adds in the contract's order.
-// NCHW: vectors run along a row of dx, one phase of the stride at a time; dy and choice rows lie padded in a small ring;
-// windows of 2 x 2 side by side need none of that.
-// NHWC: vectors run along the channels.
+// Derivatives of picking poolings. Every element of dx is added up by one thread in the contract's order, so nothing is
+// added atomically. NCHW: windows of common shapes row by row, with vectors along a row of dx; others where their choice
+// says; windows of 2 x 2 side by side are simpler than either. NHWC: vectors run along the channels, and each element of dx
+// asks the windows that hold it whether they chose it.
 #include "ops/index_pool2d.h"
 
 #include <omp.h>
@@ -13,39 +12,134 @@
 namespace cnnops::CNNOPS_ISA {
 namespace {
 
-template <class T, bool kIndices>
-void backward_nchw(const IndexPool2dParams& p) {
+// One byte a lane, read once to be compared with several values; `less` is subtracted from each first, so that few values
+// need a register.
+template <class C>
+struct LaneBytes {
+#if CNNOPS_ISA_avx512
+  __m128i bytes;
+  [[gnu::always_inline]] LaneBytes(const uint8_t* p, int less)
+      : bytes(_mm_sub_epi8(lanes<C> == 16 ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)) : _mm_loadu_si64(p),
+                           _mm_set1_epi8(static_cast<char>(less)))) {}
+#else
+  ivec<C> wide;
+  [[gnu::always_inline]] LaneBytes(const uint8_t* p, int less)
+      : wide(load_u8_n<C>(p, lanes<C>) - static_cast<int_t<C>>(less)) {}
+#endif
+  // sum + v where the byte is `value`, elsewhere sum.
+  [[gnu::always_inline]] vec<C> add_where(int value, vec<C> sum, vec<C> v) const {
+#if CNNOPS_ISA_avx512
+    const __mmask16 equal = _mm_cmpeq_epi8_mask(bytes, _mm_set1_epi8(static_cast<char>(value)));
+    if constexpr (sizeof(C) == 4) {
+      const __m512 s = reinterpret_cast<__m512>(sum);
+      return reinterpret_cast<vec<C>>(_mm512_mask_add_ps(s, equal, s, reinterpret_cast<__m512>(v)));
+    } else {
+      const __m512d s = reinterpret_cast<__m512d>(sum);
+      return reinterpret_cast<vec<C>>(
+          _mm512_mask_add_pd(s, static_cast<__mmask8>(equal), s, reinterpret_cast<__m512d>(v)));
+    }
+#else
+    return sum + (wide == ivec<C>{} + static_cast<int_t<C>>(value) ? v : vec<C>{});
+#endif
+  }
+};
+
+// What a row of windows is added to: rows of dx by phases of the stride, each phase `width` elements.
+template <class T>
+struct RowsUnderWindows {
   using C = compute_t<T>;
-  using I = int_t<C>;
+  C* held;     // the rows that later windows reach too, from the topmost on
+  T* done[2];  // where the rows go that none reaches, `stride` of them
+  int64_t w, width;
+  int64_t shift[2];  // by phase of the padded row
+  bool swapped;      // the second phase of the padded row comes first in dx
+  bool stream;
+};
+
+// Adds a row of windows. Each tap compares the windows' bytes with its offset, so that a window costs kKernel^2 compares of
+// a lane each and no scattered access.
+template <class T, int kKernel, int kStride, int kDilation>
+void add_windows(const uint8_t* choice, const compute_t<T>* dy, const RowsUnderWindows<T>& rows) {
+  using C = compute_t<T>;
+  constexpr int kReach = (kKernel - 1) * kDilation + 1, kHeld = kReach - kStride;
+  C* const held = rows.held;
+  T *const first_done = rows.done[0], *const second_done = rows.done[1];
+  const int64_t width = rows.width, w = rows.w, shift[2] = {rows.shift[0], rows.shift[1]};
+  const bool swapped = rows.swapped, stream = rows.stream;
+  // Whether any tap sees a row and a phase.
+  constexpr auto reached = [](int a, int k) { return kDilation % kStride != 0 || (a % kStride == 0 && k == 0); };
+  for (int64_t i = 0; i < width; i += lanes<C>) {
+    vec<C> sums[kReach][kStride];
+#pragma GCC unroll 16
+    for (int a = 0; a < kReach; ++a)
+#pragma GCC unroll 2
+      for (int k = 0; k < kStride; ++k)
+        sums[a][k] = a < kHeld && reached(a, k) ? load(held + (a * kStride + k) * width + i) : vec<C>{};
+#pragma GCC unroll 8
+    for (int t = kKernel - 1; t >= 0; --t) {  // the farthest tap is the first window's
+      const int k = t * kDilation % kStride;
+      const int64_t at = i + shift[k] - t * kDilation / kStride;
+      const LaneBytes<C> chosen(choice + at, t);
+      const vec<C> g = load(dy + at);
+#pragma GCC unroll 8
+      for (int r = 0; r < kKernel; ++r)
+        sums[r * kDilation][k] = chosen.add_where(r * kKernel, sums[r * kDilation][k], g);
+    }
+#pragma GCC unroll 16
+    for (int a = 0; a < kHeld; ++a)
+#pragma GCC unroll 2
+      for (int k = 0; k < kStride; ++k)
+        if (reached(a, k)) store(held + (a * kStride + k) * width + i, sums[a + kStride][k]);
+    const int64_t left = w - kStride * i;
+    const int part = static_cast<int>(min64(left, lanes<C>));
+#pragma GCC unroll 2
+    for (int a = 0; a < kStride; ++a) {
+      T* const to = a == 0 ? first_done : second_done;
+      if constexpr (kStride == 1) {
+        store_output(to + i, sums[a][0], part, stream);
+      } else {
+        const vec<C> even = sums[a][swapped ? 1 : 0], odd = sums[a][swapped ? 0 : 1];
+        store_output(to + 2 * i, zip_low(even, odd), part, stream);
+        if (left > lanes<C>)
+          store_output(to + 2 * i + lanes<C>, zip_high(even, odd), static_cast<int>(min64(left - lanes<C>, lanes<C>)),
+                       stream);
+      }
+    }
+  }
+}
+
+// Overlapping windows of a few common shapes (square, as stride and dilation are): the rows of windows pass once, each
+// adding to the rows of dx under it, which stay in L1 until the last window has passed. Vectors run along a row of dx, by
+// phases of the stride.
+template <class T, int kKernel, int kStride, int kDilation>
+void backward_nchw_rows(const IndexPool2dParams& p) {
+  using C = compute_t<T>;
+  constexpr int kReach = (kKernel - 1) * kDilation + 1, kHeld = kReach - kStride;
+  static_assert((kStride == 1 || kStride == 2) && kHeld >= 0);
   const Windows& v = p.windows;
-  const PhasedRow<C> phases(p.w, p.q, v.pad_w, v.kernel_w, v.stride_w, v.dilation_w);
-  const int64_t reach = (v.kernel_h - 1) * v.dilation_h + 1;
-  const int64_t ring = min64(p.p, (reach - 1) / v.stride_h + 1);
-  const int64_t lead = round_up((v.kernel_w - 1) * v.dilation_w / phases.stride, lanes<C>);
-  const int64_t length = lead + phases.length;
+  RowsUnderWindows<T> shape{};
+  shape.w = p.w, shape.width = round_up(ceil_div(p.w, kStride), lanes<C>);
+  // Element i of phase j of a row of dx is column kStride*i + j. That is cell kStride*(i + shift[k]) + k of the padded
+  // row, and tap t sees it in window i + shift[k] - t*kDilation / kStride where t*kDilation is k modulo kStride.
+  for (int j = 0; j < kStride; ++j) shape.shift[(j + v.pad_w) % kStride] = (j + v.pad_w) / kStride;
+  shape.swapped = v.pad_w % kStride != 0;
+  shape.stream = p.n * p.c * p.h * p.w * static_cast<int64_t>(sizeof(T)) >= kLargeImage &&
+                 p.w * static_cast<int64_t>(sizeof(T)) % 64 == 0;
+  const int64_t lead = round_up((kReach - 1) / kStride, lanes<C>), held = kHeld * kStride * shape.width;
+  const int64_t length = lead + round_up(max64(p.q, shape.width + v.pad_w / kStride + 1), lanes<C>);
   const int64_t unit_rows = rows_per_unit(p.n * p.c, p.h), units_each = ceil_div(p.h, unit_rows);
 
-  struct Row {
-    const C* dy;
-    const I* choice;
-    I offset;  // r * kernel_w
-  };
   struct Piece {
-    C *sums, *dy;
-    I* choices;
-    int64_t *held, *phase_begin;
-    Tap* taps;
-    Row* rows;
+    C *dy, *held;  // dy and choice: two rows, since the next one is written while one is read
+    uint8_t* choice;
+    T* beside;  // a row of dx that is another unit's
   };
   const auto lay_out = [&](Arena arena, int64_t* bytes) {
     Piece s;
-    s.sums = arena.take<C>(phases.size());
-    s.dy = arena.take<C>(ring * length);
-    s.choices = arena.take<I>(ring * length);
-    s.held = arena.take<int64_t>(ring);
-    s.phase_begin = arena.take<int64_t>(phases.stride + 1);
-    s.taps = arena.take<Tap>(v.kernel_w);
-    s.rows = arena.take<Row>(ring);
+    s.dy = arena.take<C>(2 * length);
+    s.held = arena.take<C>(held);
+    s.choice = arena.take<uint8_t>(2 * length);
+    s.beside = arena.take<T>(p.w);
     *bytes = arena.used;
     return s;
   };
@@ -57,65 +151,142 @@ void backward_nchw(const IndexPool2dParams& p) {
   {
     int64_t ignored;
     const Piece s = lay_out(Arena{static_cast<char*>(scratch.piece(omp_get_thread_num()))}, &ignored);
-    for (int64_t i = 0; i < ring * length; ++i) s.dy[i] = 0, s.choices[i] = -1;
-    list_taps(phases, v.kernel_w, v.dilation_w, s.phase_begin, s.taps);
+    for (int64_t i = 0; i < 2 * length; ++i) s.dy[i] = 0, s.choice[i] = kNoOffset;
+    RowsUnderWindows<T> rows = shape;
+    rows.held = s.held;
 
 #pragma omp for schedule(static)
     for (int64_t unit = 0; unit < p.n * p.c * units_each; ++unit) {
-      const int64_t plane = unit / units_each, from = unit % units_each * unit_rows;
+      const int64_t plane = unit / units_each, from = unit % units_each * unit_rows, to = min64(from + unit_rows, p.h);
       const T* const dy = static_cast<const T*>(p.in) + plane * p.p * p.q;
-      const int64_t choice = plane * p.p * p.q;
-      for (int64_t i = 0; i < ring; ++i) s.held[i] = -1;
-      for (int64_t h = from; h < min64(from + unit_rows, p.h); ++h) {
-        const int64_t p0 = first_window(h, v.pad_h, reach, v.stride_h), p1 = last_window(h, v.pad_h, v.stride_h, p.p);
-        int64_t rows = 0;
-        for (int64_t pp = p0; pp < p1; ++pp) {
-          const int64_t down = h + v.pad_h - pp * v.stride_h;
-          if (v.dilation_h != 1 && down % v.dilation_h != 0) continue;
-          const int64_t slot = pp % ring;
-          C* const held_dy = s.dy + slot * length + lead;
-          I* const held_choice = s.choices + slot * length + lead;
-          if (s.held[slot] != pp) {
-            s.held[slot] = pp;
-            for (int64_t q = 0; q < p.q; q += lanes<C>) {
-              const int part = part_of<C>(q, p.q);
-              const int64_t at = choice + pp * p.q + q;
-              ivec<C> chosen;
-              if constexpr (kIndices) {
-                chosen = load_i64_n<C>(static_cast<const int64_t*>(p.choice) + at, part);
-              } else {
-                chosen = load_u8_n<C>(static_cast<const uint8_t*>(p.choice) + at, part);
-              }
-              // Past the row's end dy is 0 already, so it does not matter what was chosen there.
-              *reinterpret_cast<ivec<C>*>(held_choice + q) = chosen;
-              store(held_dy + q, load_n(dy + pp * p.q + q, part));
-            }
-          }
-          s.rows[rows++] = {held_dy, held_choice, static_cast<I>(down / v.dilation_h * v.kernel_w)};
+      const uint8_t* const choice = static_cast<const uint8_t*>(p.choice) + plane * p.p * p.q;
+      T* const dx = static_cast<T*>(p.out) + plane * p.h * p.w;
+      for (int64_t i = 0; i < held; ++i) s.held[i] = 0;
+      const auto fetch = [&](int64_t pp) {
+        const int64_t at = pp % 2 * length + lead;
+        if (pp < p.p) {
+          for (int64_t q = 0; q < p.q; q += lanes<C>)
+            store(s.dy + at + q, load_n(dy + pp * p.q + q, part_of<C>(q, p.q)));
+          std::memcpy(s.choice + at, choice + pp * p.q, p.q);
+        } else {
+          for (int64_t q = 0; q < p.q; ++q) s.dy[at + q] = 0;
         }
-        for (int64_t j = 0; j < phases.stride; ++j) {
-          TapRange<C> range(s.phase_begin[j + 1]);
-          for (int64_t i = phases.begin(j), end = phases.end(j); i < end; i += lanes<C>) {
-            range.move_to(i, p.q, s.taps, s.phase_begin[j]);
-            [[maybe_unused]] ivec<C> cell;
-            if constexpr (kIndices)
-              cell = iota<ivec<C>>() * static_cast<I>(phases.stride) +
-                     static_cast<I>(h * p.w + i * phases.stride + j - phases.pad);
-            vec<C> sum = {};
-            for (int64_t k = 0; k < rows; ++k) {
-              const Row& row = s.rows[k];
-              for (int64_t t = range.lo; t < range.hi; ++t) {
-                const int64_t at = i - s.taps[t].distance;
-                if constexpr (!kIndices) cell = ivec<C>{} + (row.offset + static_cast<I>(s.taps[t].index));
-                const ivec<C> chosen = *reinterpret_cast<const ivec<C>*>(row.choice + at);
-                sum += chosen == cell ? load(row.dy + at) : vec<C>{};
-              }
-            }
-            store(s.sums + j * phases.length + i, sum);
-          }
+      };
+      const int64_t first = first_window(from, v.pad_h, kReach, kStride), last = ceil_div(to + v.pad_h, kStride);
+      fetch(first);
+      for (int64_t pp = first; pp < last; ++pp) {
+        fetch(pp + 1);
+        for (int a = 0; a < kStride; ++a) {
+          const int64_t h = pp * kStride - v.pad_h + a;
+          rows.done[a] = h >= from && h < to ? dx + h * p.w : s.beside;
         }
-        phases.merge(s.sums, static_cast<T*>(p.out) + (plane * p.h + h) * p.w);
+        const int64_t at = pp % 2 * length + lead;
+        add_windows<T, kKernel, kStride, kDilation>(s.choice + at, s.dy + at, rows);
       }
+      if (shape.stream) end_streaming();
+    }
+  }
+}
+
+// Any other windows: dy is added where the choice says, in bands of dx that stay in L1 until they are done. Windows that
+// reach over the edge of a band are visited for both. With offsets, a band is padded to hold whatever its windows may
+// choose; indices are looked at one by one, and may be added to dx itself.
+constexpr int64_t kBandBytes = 16 << 10;
+
+template <class T, bool kIndices>
+void backward_nchw_scatter(const IndexPool2dParams& p) {
+  using C = compute_t<T>;
+  const Windows& v = p.windows;
+  const int64_t reach_h = p.adaptive ? 1 : (v.kernel_h - 1) * v.dilation_h + 1;
+  const int64_t reach_w = p.adaptive ? 1 : (v.kernel_w - 1) * v.dilation_w + 1;
+  const int64_t pad_w = kIndices ? 0 : v.pad_w, above = kIndices ? 0 : reach_h - 1;
+  const int64_t pitch = kIndices ? p.w : max64(pad_w + p.w, (p.q - 1) * v.stride_w + reach_w);
+  const int64_t fit = max64(kBandBytes / (pitch * static_cast<int64_t>(sizeof(C))), 4 * reach_h);
+  const int64_t bands = ceil_div(p.h, min64(fit, max64(rows_per_unit(p.n * p.c, p.h), reach_h)));
+  const int64_t band = ceil_div(p.h, bands);
+  const int64_t cells = (band + 2 * above) * pitch, offsets = v.kernel_h * v.kernel_w;
+  const bool stream = p.n * p.c * p.h * p.w * static_cast<int64_t>(sizeof(T)) >= kLargeImage;
+  const bool in_place = kIndices && std::is_same_v<T, C> && !stream;
+
+  struct Piece {
+    C* sums;
+    int64_t *step, *begin, *end;
+  };
+  const auto lay_out = [&](Arena arena, int64_t* bytes) {
+    Piece s;
+    s.sums = arena.take<C>(in_place ? 0 : round_up(cells, lanes<C>));
+    s.step = arena.take<int64_t>(kIndices ? 0 : offsets);
+    s.begin = arena.take<int64_t>(kIndices ? p.q : 0);
+    s.end = arena.take<int64_t>(kIndices ? p.q : 0);
+    *bytes = arena.used;
+    return s;
+  };
+  int64_t bytes;
+  lay_out(Arena{nullptr}, &bytes);
+  const ScratchPieces scratch(p.threads, bytes);
+
+#pragma omp parallel num_threads(p.threads)
+  {
+    int64_t ignored;
+    const Piece s = lay_out(Arena{static_cast<char*>(scratch.piece(omp_get_thread_num()))}, &ignored);
+    if constexpr (kIndices) {
+      for (int64_t q = 0; q < p.q; ++q) {
+        s.begin[q] = p.adaptive ? adaptive_start(q, p.w, p.q) : q * v.stride_w - v.pad_w;
+        s.end[q] = p.adaptive ? adaptive_end(q, p.w, p.q) : s.begin[q] + reach_w;
+      }
+    } else {
+      for (int64_t i = 0; i < offsets; ++i)
+        s.step[i] = i / v.kernel_w * v.dilation_h * pitch + i % v.kernel_w * v.dilation_w;
+    }
+
+#pragma omp for schedule(static)
+    for (int64_t unit = 0; unit < p.n * p.c * bands; ++unit) {
+      const int64_t plane = unit / bands, from = min64(unit % bands * band, p.h), to = min64(from + band, p.h);
+      if (from == to) continue;
+      const T* const dy = static_cast<const T*>(p.in) + plane * p.p * p.q;
+      T* const dx = static_cast<T*>(p.out) + (plane * p.h + from) * p.w;
+      C* band_sums = s.sums;
+      if (in_place) {
+        if constexpr (std::is_same_v<T, C>) band_sums = dx;
+        std::memset(static_cast<void*>(dx), 0, (to - from) * p.w * sizeof(T));
+      } else {
+        for (int64_t i = 0; i < cells; i += lanes<C>) store(s.sums + i, vec<C>{});
+      }
+      const int64_t p0 = p.adaptive ? adaptive_first(from, p.h, p.p) : first_window(from, v.pad_h, reach_h, v.stride_h);
+      const int64_t p1 = p.adaptive ? adaptive_last(to - 1, p.h, p.p) : last_window(to - 1, v.pad_h, v.stride_h, p.p);
+      for (int64_t pp = p0; pp < p1; ++pp) {
+        const int64_t at = (plane * p.p + pp) * p.q;
+        if constexpr (kIndices) {
+          const int64_t* const choice = static_cast<const int64_t*>(p.choice) + at;
+          const int64_t begin = p.adaptive ? adaptive_start(pp, p.h, p.p) : pp * v.stride_h - v.pad_h;
+          const int64_t end = p.adaptive ? adaptive_end(pp, p.h, p.p) : begin + reach_h;
+          const int64_t first = max64(begin, from), last = min64(end, to);
+          const bool dilated = v.dilation_h != 1 || v.dilation_w != 1;
+          for (int64_t q = 0; q < p.q; ++q) {
+            const int64_t cell = choice[q];
+            if (cell < first * p.w || cell >= last * p.w) continue;
+            const int64_t h = static_cast<uint32_t>(cell) / static_cast<uint32_t>(p.w), w = cell - h * p.w;
+            if (w < s.begin[q] || w >= s.end[q]) continue;
+            if (dilated && ((h - begin) % v.dilation_h != 0 || (w - s.begin[q]) % v.dilation_w != 0)) continue;
+            band_sums[cell - from * p.w] += load_scalar(dy[pp * p.q + q]);
+          }
+        } else {
+          const uint8_t* const choice = static_cast<const uint8_t*>(p.choice) + at;
+          C* const corner = band_sums + (pp * v.stride_h - v.pad_h - from + above) * pitch;
+          for (int64_t q = 0; q < p.q; ++q)
+            if (choice[q] < offsets) corner[q * v.stride_w + s.step[choice[q]]] += load_scalar(dy[pp * p.q + q]);
+        }
+      }
+      if (in_place) continue;
+      const C* const sums = s.sums + above * pitch + pad_w;
+      const bool gapless = pitch == p.w;
+      const int64_t lines = gapless ? 1 : to - from, length = gapless ? (to - from) * p.w : p.w;
+      for (int64_t line = 0; line < lines; ++line)
+        for (int64_t i = 0; i < length; i += lanes<C>) {
+          const int part = part_of<C>(i, length);
+          store_output(dx + line * p.w + i, load_n(sums + line * pitch + i, part), part, stream);
+        }
+      if (stream) end_streaming();
     }
   }
 }
@@ -169,25 +340,18 @@ bool side_by_side_2x2(const IndexPool2dParams& p) {
          v.dilation_h == 1 && v.dilation_w == 1 && 2 * p.p <= p.h && 2 * p.q <= p.w;
 }
 
+// The shape's kernel in rows, or null.
 template <class T>
-void backward_nchw_adaptive(const IndexPool2dParams& p) {
-  using C = compute_t<T>;
-#pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (int64_t row = 0; row < p.n * p.c * p.h; ++row) {
-    const int64_t plane = row / p.h, h = row % p.h;
-    const T* const dy = static_cast<const T*>(p.in) + plane * p.p * p.q;
-    const int64_t* const choice = static_cast<const int64_t*>(p.choice) + plane * p.p * p.q;
-    T* const dx = static_cast<T*>(p.out) + row * p.w;
-    const int64_t p0 = adaptive_first(h, p.h, p.p), p1 = adaptive_last(h, p.h, p.p);
-    for (int64_t w = 0; w < p.w; ++w) {
-      const int64_t q0 = adaptive_first(w, p.w, p.q), q1 = adaptive_last(w, p.w, p.q);
-      C sum = 0;
-      for (int64_t pp = p0; pp < p1; ++pp)
-        for (int64_t q = q0; q < q1; ++q)
-          if (choice[pp * p.q + q] == h * p.w + w) sum += load_scalar(dy[pp * p.q + q]);
-      store_scalar(&dx[w], sum);
-    }
-  }
+auto rows_kernel(const Windows& v) -> void (*)(const IndexPool2dParams&) {
+  if (v.kernel_h != v.kernel_w || v.stride_h != v.stride_w || v.dilation_h != v.dilation_w) return nullptr;
+  const auto is = [&](int64_t kernel, int64_t stride, int64_t dilation) {
+    return v.kernel_w == kernel && v.stride_w == stride && v.dilation_w == dilation;
+  };
+  if (is(3, 2, 1)) return backward_nchw_rows<T, 3, 2, 1>;
+  if (is(3, 2, 2)) return backward_nchw_rows<T, 3, 2, 2>;
+  if (is(3, 1, 1)) return backward_nchw_rows<T, 3, 1, 1>;
+  if (is(5, 1, 1)) return backward_nchw_rows<T, 5, 1, 1>;
+  return nullptr;
 }
 
 // A window that holds a pixel: where its channels lie in dy and choice, and what it would have chosen.
@@ -207,13 +371,21 @@ void pixel_nhwc(T* dx, const T* dy, const void* choice, int64_t choice_at, const
 #pragma GCC unroll 4
     for (int64_t k = 0; k < total; ++k) {
       const int64_t at = holders[k].at + c;
+      const vec<C> g = load_n(dy + at, part);
+      if constexpr (!kIndices) {
+        if (part == lanes<C>) {
+          sum = LaneBytes<C>(static_cast<const uint8_t*>(choice) + choice_at + at, 0)
+                    .add_where(static_cast<int>(holders[k].chosen), sum, g);
+          continue;
+        }
+      }
       ivec<C> chosen;
       if constexpr (kIndices) {
         chosen = load_i64_n<C>(static_cast<const int64_t*>(choice) + choice_at + at, part);
       } else {
         chosen = load_u8_n<C>(static_cast<const uint8_t*>(choice) + choice_at + at, part);
       }
-      sum += chosen == ivec<C>{} + static_cast<I>(holders[k].chosen) ? load_n(dy + at, part) : vec<C>{};
+      sum += chosen == ivec<C>{} + static_cast<I>(holders[k].chosen) ? g : vec<C>{};
     }
     store_output(dx + c, sum, part, stream);
   };
@@ -229,55 +401,115 @@ void backward_nhwc(const IndexPool2dParams& p) {
   const int64_t reach_h = (v.kernel_h - 1) * v.dilation_h + 1, reach_w = (v.kernel_w - 1) * v.dilation_w + 1;
   const int64_t most = p.adaptive ? (p.p / p.h + 2) * (p.q / p.w + 2)
                                   : ((reach_h - 1) / v.stride_h + 1) * ((reach_w - 1) / v.stride_w + 1);
-  const int64_t holders_each = min64(most, p.p * p.q);
-  const ScratchPieces scratch(p.threads, holders_each * static_cast<int64_t>(sizeof(Holder)));
-#pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (int64_t row = 0; row < p.n * p.h; ++row) {
-    Holder* const holders = static_cast<Holder*>(scratch.piece(omp_get_thread_num()));
-    const int64_t h = row % p.h, image = row / p.h * p.p * p.q * p.c;
-    const T* const dy = static_cast<const T*>(p.in) + image;
-    const int64_t p0 = p.adaptive ? adaptive_first(h, p.h, p.p) : first_window(h, v.pad_h, reach_h, v.stride_h);
-    const int64_t p1 = p.adaptive ? adaptive_last(h, p.h, p.p) : last_window(h, v.pad_h, v.stride_h, p.p);
+  struct Piece {
+    Holder* holders;
+    int64_t *q0, *q1;              // the windows over each column
+    int64_t *offset_h, *offset_w;  // what a tap so many cells into a window adds to an offset; negative between taps
+  };
+  const auto lay_out = [&](Arena arena, int64_t* bytes) {
+    Piece s;
+    s.holders = arena.take<Holder>(min64(most, p.p * p.q));
+    s.q0 = arena.take<int64_t>(p.w);
+    s.q1 = arena.take<int64_t>(p.w);
+    s.offset_h = arena.take<int64_t>(kIndices ? 0 : reach_h);
+    s.offset_w = arena.take<int64_t>(kIndices ? 0 : reach_w);
+    *bytes = arena.used;
+    return s;
+  };
+  int64_t bytes;
+  lay_out(Arena{nullptr}, &bytes);
+  const ScratchPieces scratch(p.threads, bytes);
+
+#pragma omp parallel num_threads(p.threads)
+  {
+    int64_t ignored;
+    const Piece s = lay_out(Arena{static_cast<char*>(scratch.piece(omp_get_thread_num()))}, &ignored);
     for (int64_t w = 0; w < p.w; ++w) {
-      const int64_t q0 = p.adaptive ? adaptive_first(w, p.w, p.q) : first_window(w, v.pad_w, reach_w, v.stride_w);
-      const int64_t q1 = p.adaptive ? adaptive_last(w, p.w, p.q) : last_window(w, v.pad_w, v.stride_w, p.q);
-      int64_t count = 0;
-      for (int64_t pp = p0; pp < p1; ++pp)
-        for (int64_t q = q0; q < q1; ++q) {
-          int64_t chosen = h * p.w + w;
-          if constexpr (!kIndices) {
-            int64_t down = h + v.pad_h - pp * v.stride_h, right = w + v.pad_w - q * v.stride_w;
-            if (v.dilation_h != 1 || v.dilation_w != 1) {
-              if (down % v.dilation_h != 0 || right % v.dilation_w != 0) continue;
-              down /= v.dilation_h, right /= v.dilation_w;
+      s.q0[w] = p.adaptive ? adaptive_first(w, p.w, p.q) : first_window(w, v.pad_w, reach_w, v.stride_w);
+      s.q1[w] = p.adaptive ? adaptive_last(w, p.w, p.q) : last_window(w, v.pad_w, v.stride_w, p.q);
+    }
+    if constexpr (!kIndices) {
+      constexpr int64_t kNone = -1 - kNoOffset;
+      for (int64_t i = 0; i < reach_h; ++i)
+        s.offset_h[i] = i % v.dilation_h == 0 ? i / v.dilation_h * v.kernel_w : kNone;
+      for (int64_t i = 0; i < reach_w; ++i) s.offset_w[i] = i % v.dilation_w == 0 ? i / v.dilation_w : kNone;
+    }
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < p.n * p.h; ++row) {
+      const int64_t h = row % p.h, image = row / p.h * p.p * p.q * p.c;
+      const T* const dy = static_cast<const T*>(p.in) + image;
+      const int64_t p0 = p.adaptive ? adaptive_first(h, p.h, p.p) : first_window(h, v.pad_h, reach_h, v.stride_h);
+      const int64_t p1 = p.adaptive ? adaptive_last(h, p.h, p.p) : last_window(h, v.pad_h, v.stride_h, p.p);
+      for (int64_t w = 0; w < p.w; ++w) {
+        int64_t count = 0;
+        for (int64_t pp = p0; pp < p1; ++pp)
+          for (int64_t q = s.q0[w]; q < s.q1[w]; ++q) {
+            int64_t chosen = h * p.w + w;
+            if constexpr (!kIndices) {
+              chosen = s.offset_h[h + v.pad_h - pp * v.stride_h] + s.offset_w[w + v.pad_w - q * v.stride_w];
+              if (chosen < 0) continue;
             }
-            chosen = down * v.kernel_w + right;
+            s.holders[count++] = {(pp * p.q + q) * p.c, chosen};
           }
-          holders[count++] = {(pp * p.q + q) * p.c, chosen};
+        T* const dx = static_cast<T*>(p.out) + (row * p.w + w) * p.c;
+        switch (count) {
+          case 0: std::memset(static_cast<void*>(dx), 0, p.c * sizeof(T)); break;
+          case 1: pixel_nhwc<T, kIndices, 1>(dx, dy, p.choice, image, s.holders, count, p.c, stream); break;
+          case 2: pixel_nhwc<T, kIndices, 2>(dx, dy, p.choice, image, s.holders, count, p.c, stream); break;
+          case 4: pixel_nhwc<T, kIndices, 4>(dx, dy, p.choice, image, s.holders, count, p.c, stream); break;
+          default: pixel_nhwc<T, kIndices, 0>(dx, dy, p.choice, image, s.holders, count, p.c, stream);
         }
-      T* const dx = static_cast<T*>(p.out) + (row * p.w + w) * p.c;
-      switch (count) {
-        case 1: pixel_nhwc<T, kIndices, 1>(dx, dy, p.choice, image, holders, count, p.c, stream); break;
-        case 2: pixel_nhwc<T, kIndices, 2>(dx, dy, p.choice, image, holders, count, p.c, stream); break;
-        case 4: pixel_nhwc<T, kIndices, 4>(dx, dy, p.choice, image, holders, count, p.c, stream); break;
-        default: pixel_nhwc<T, kIndices, 0>(dx, dy, p.choice, image, holders, count, p.c, stream);
+      }
+      if (stream) end_streaming();
+    }
+  }
+}
+
+// Windows apart from each other, by indices: each writes its rows of dx alone.
+template <class T>
+void backward_nhwc_apart(const IndexPool2dParams& p) {
+  const Windows& v = p.windows;
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t row = 0; row < p.n * p.p; ++row) {
+    const int64_t pp = row % p.p, top = pp * v.stride_h - v.pad_h;
+    const int64_t from = pp == 0 ? 0 : max64(top, 0), to = pp + 1 == p.p ? p.h : max64(top + v.stride_h, 0);
+    T* const image = static_cast<T*>(p.out) + row / p.p * p.h * p.w * p.c;
+    std::memset(static_cast<void*>(image + from * p.w * p.c), 0, (to - from) * p.w * p.c * sizeof(T));
+    for (int64_t q = 0; q < p.q; ++q) {
+      const int64_t left = q * v.stride_w - v.pad_w, at = (row * p.q + q) * p.c;
+      const T* const dy = static_cast<const T*>(p.in) + at;
+      const int64_t* const choice = static_cast<const int64_t*>(p.choice) + at;
+      for (int64_t c = 0; c < p.c; ++c) {
+        const int64_t cell = choice[c];
+        if (cell < from * p.w || cell >= to * p.w) continue;
+        const int64_t h = static_cast<uint32_t>(cell) / static_cast<uint32_t>(p.w), w = cell - h * p.w;
+        if (h >= top && h < top + v.kernel_h && w >= left && w < left + v.kernel_w) image[cell * p.c + c] = dy[c];
       }
     }
-    if (stream) end_streaming();
   }
+}
+// Large ones: nearly all of dx is zero then.
+bool large_and_apart(const IndexPool2dParams& p) {
+  const Windows& v = p.windows;
+  return !p.adaptive && p.mode == Choice::indices && v.stride_h >= v.kernel_h && v.stride_w >= v.kernel_w &&
+         v.dilation_h == 1 && v.dilation_w == 1 && v.kernel_h * v.kernel_w >= 8;
 }
 
 template <class T>
 void backward(const IndexPool2dParams& p) {
   const bool indices = p.mode == Choice::indices;
-  if (p.layout == Layout::nhwc) {
+  if (p.layout == Layout::nhwc && large_and_apart(p)) {
+    backward_nhwc_apart<T>(p);
+  } else if (p.layout == Layout::nhwc) {
     indices ? backward_nhwc<T, true>(p) : backward_nhwc<T, false>(p);
-  } else if (p.adaptive) {
-    backward_nchw_adaptive<T>(p);
-  } else if (side_by_side_2x2(p)) {
+  } else if (!p.adaptive && side_by_side_2x2(p)) {
     indices ? backward_nchw_2x2<T, true>(p) : backward_nchw_2x2<T, false>(p);
+  } else if (indices) {
+    backward_nchw_scatter<T, true>(p);
+  } else if (const auto rows = rows_kernel<T>(p.windows)) {
+    rows(p);
   } else {
-    indices ? backward_nchw<T, true>(p) : backward_nchw<T, false>(p);
+    backward_nchw_scatter<T, false>(p);
   }
 }
 

@@ -1,6 +1,6 @@
 // Max pooling. NCHW: vectors run along an output row; the input rows of a window lie converted and padded in a small ring
-// in L1 (cpu/pool_rows.h), shared by the output rows of a plane that overlap. NHWC: vectors run along the channels. Every
-// window is walked in row-major order by one thread.
+// in L1 (cpu/pool_rows.h), and with them the best of each row, shared by the output rows of a plane that overlap. NHWC:
+// vectors run along the channels. Every window is walked in row-major order by one thread.
 #include "ops/max_pool2d.h"
 
 #include <omp.h>
@@ -17,16 +17,93 @@ struct Best {
 };
 
 template <class C, bool kPick>
-[[gnu::always_inline]] inline void take(Best<C>& best, vec<C> v, int_t<C> tap) {
+[[gnu::always_inline]] inline void take(Best<C>& best, vec<C> v, ivec<C> choice) {
+#if CNNOPS_ISA_avx512  // g++ 12 makes vectors of the masks in between
+  if constexpr (sizeof(C) == 4) {
+    const __m512 now = reinterpret_cast<__m512>(v), then = reinterpret_cast<__m512>(best.value);
+    const __mmask16 wins =
+        _kor_mask16(_mm512_cmp_ps_mask(now, then, _CMP_GT_OQ), _mm512_cmp_ps_mask(now, now, _CMP_UNORD_Q));
+    best.value = reinterpret_cast<vec<C>>(_mm512_mask_mov_ps(then, wins, now));
+    if constexpr (kPick)
+      best.choice = reinterpret_cast<ivec<C>>(
+          _mm512_mask_mov_epi32(reinterpret_cast<__m512i>(best.choice), wins, reinterpret_cast<__m512i>(choice)));
+  } else {
+    const __m512d now = reinterpret_cast<__m512d>(v), then = reinterpret_cast<__m512d>(best.value);
+    const __mmask8 wins =
+        _kor_mask8(_mm512_cmp_pd_mask(now, then, _CMP_GT_OQ), _mm512_cmp_pd_mask(now, now, _CMP_UNORD_Q));
+    best.value = reinterpret_cast<vec<C>>(_mm512_mask_mov_pd(then, wins, now));
+    if constexpr (kPick)
+      best.choice = reinterpret_cast<ivec<C>>(
+          _mm512_mask_mov_epi64(reinterpret_cast<__m512i>(best.choice), wins, reinterpret_cast<__m512i>(choice)));
+  }
+#else
   const ivec<C> wins = (v > best.value) | (v != v);
   best.value = wins ? v : best.value;
-  if constexpr (kPick) best.choice = wins ? ivec<C>{} + tap : best.choice;
+  if constexpr (kPick) best.choice = wins ? choice : best.choice;
+#endif
 }
 
-// Rows of a window that are held at once; taller windows are walked in parts of this many.
-constexpr int64_t kRows = 16;
+template <class C>
+inline ivec<C> load_choice(const int_t<C>* p) {
+  return *reinterpret_cast<const ivec<C>*>(p);
+}
+template <class C>
+inline void store_choice_row(int_t<C>* p, ivec<C> v) {
+  *reinterpret_cast<ivec<C>*>(p) = v;
+}
 
-// kWidth: kernel_w where it is worth unrolling, else 0.
+// The best of each window's cells in one row. `first`: what a window without a cell above -Inf chooses. kWidth: kernel_w
+// where it is worth unrolling, else 0.
+template <class C, bool kPick, int kWidth>
+void best_of_row(const C* row, const int64_t* tap_at, int64_t kernel, int64_t step, const int_t<C>* first,
+                 int64_t width, C* values, int_t<C>* choices) {
+  using I = int_t<C>;
+  const int64_t taps = kWidth ? kWidth : kernel;
+  for (int64_t q = 0; q < width; q += lanes<C>) {
+    Best<C> best{load(row + tap_at[0] + q), {}};
+    if constexpr (kPick) best.choice = load_choice<C>(first + q);
+#pragma GCC unroll 8
+    for (int64_t t = 1; t < taps; ++t)
+      take<C, kPick>(best, load(row + tap_at[t] + q), ivec<C>{} + static_cast<I>(t * step));
+    store(values + q, best.value);
+    if constexpr (kPick) store_choice_row<C>(choices + q, best.choice);
+  }
+}
+
+// A row of windows from the best of each of its rows, `pitch` apart; `base` holds the plane index of each window's first cell
+// in row 0 of the plane.
+template <class T, bool kPick>
+void best_of_rows(const MaxPool2dParams& p, const compute_t<T>* values, const int_t<compute_t<T>>* choices,
+                  int64_t pitch, int64_t r0, int64_t r1, int64_t row_step, int64_t top, const int_t<compute_t<T>>* base,
+                  int64_t out) {
+  using C = compute_t<T>;
+  using I = int_t<C>;
+  T* const y = static_cast<T*>(p.y) + out;
+  for (int64_t q = 0; q < p.q; q += lanes<C>) {
+    Best<C> best{set1(kLowest<C>), ivec<C>{} - 1};
+    if (r0 < r1) {
+      best.value = load(values + q);
+      if constexpr (kPick) best.choice = load_choice<C>(choices + q) + static_cast<I>(r0 * row_step);
+    }
+    for (int64_t r = r0 + 1; r < r1; ++r) {
+      const int64_t at = (r - r0) * pitch + q;
+      ivec<C> choice = {};
+      if constexpr (kPick) choice = load_choice<C>(choices + at) + static_cast<I>(r * row_step);
+      take<C, kPick>(best, load(values + at), choice);
+    }
+    const int part = part_of<C>(q, p.q);
+    store_n(y + q, best.value, part);
+    if constexpr (kPick)
+      store_choice<C>(p.choice, p.mode, out + q, best.choice, load_choice<C>(base + q) + static_cast<I>(top * p.w),
+                      part);
+  }
+}
+
+// What the best of the rows of a few rows of windows may take of L1.
+constexpr int64_t kHeldBytes = 16 << 10;
+
+// In two steps: the best of each row of a window, which the windows above and below it share, then the best of those; each
+// for as many rows as stay in L1.
 template <class T, bool kPick, int kWidth>
 void forward_nchw(const MaxPool2dParams& p) {
   using C = compute_t<T>;
@@ -34,22 +111,24 @@ void forward_nchw(const MaxPool2dParams& p) {
   const Windows& v = p.windows;
   const PhasedRow<C> phases(p.w, p.q, v.pad_w, v.kernel_w, v.stride_w, v.dilation_w);
   const Steps steps(p.mode, v, p.w);
-  const int64_t held = min64(v.kernel_h, kRows), width = round_up(p.q, lanes<C>);
+  const int64_t width = round_up(p.q, lanes<C>), reach = (v.kernel_h - 1) * v.dilation_h + 1;
   const int64_t unit_rows = rows_per_unit(p.n * p.c, p.p), units_each = ceil_div(p.p, unit_rows);
+  const int64_t fit = kHeldBytes / (width * static_cast<int64_t>(sizeof(C) + sizeof(I)));
+  const int64_t group = min64(unit_rows, max64((fit - reach) / v.stride_h, 0) + 1);  // rows of windows at a time
+  const int64_t held = min64((group - 1) * v.stride_h + reach, p.h);
 
   struct Piece {
-    C *rows, *values;
+    C *cells, *rows;
     I *choices, *first, *base;
-    int64_t *held_row, *tap_at;
+    int64_t* tap_at;
   };
   const auto lay_out = [&](Arena arena, int64_t* bytes) {
     Piece s;
-    s.rows = arena.take<C>(held * phases.size());
-    s.values = arena.take<C>(width);
-    s.choices = arena.take<I>(width);
+    s.cells = arena.take<C>(2 * phases.size());
+    s.rows = arena.take<C>(held * width);
+    s.choices = arena.take<I>(held * width);
     s.first = arena.take<I>(width);
     s.base = arena.take<I>(width);
-    s.held_row = arena.take<int64_t>(held);
     s.tap_at = arena.take<int64_t>(v.kernel_w);
     *bytes = arena.used;
     return s;
@@ -62,7 +141,7 @@ void forward_nchw(const MaxPool2dParams& p) {
   {
     int64_t ignored;
     const Piece s = lay_out(Arena{static_cast<char*>(scratch.piece(omp_get_thread_num()))}, &ignored);
-    for (int64_t i = 0; i < held; ++i) phases.fill(s.rows + i * phases.size(), kLowest<C>);
+    for (int64_t i = 0; i < 2; ++i) phases.fill(s.cells + i * phases.size(), kLowest<C>);
     for (int64_t i = 0; i < v.kernel_w; ++i) s.tap_at[i] = phases.at(i * v.dilation_w);
     for (int64_t q = 0; q < width; ++q) {
       const int64_t begin = q * v.stride_w - v.pad_w, tap = first_tap(begin, v.dilation_w);
@@ -72,63 +151,91 @@ void forward_nchw(const MaxPool2dParams& p) {
 
 #pragma omp for schedule(static)
     for (int64_t unit = 0; unit < p.n * p.c * units_each; ++unit) {
-      const int64_t plane = unit / units_each, from = unit % units_each * unit_rows;
+      const int64_t plane = unit / units_each, from = unit % units_each * unit_rows, to = min64(from + unit_rows, p.p);
       const T* const x = static_cast<const T*>(p.x) + plane * p.h * p.w;
-      for (int64_t i = 0; i < held; ++i) s.held_row[i] = -1;
-      for (int64_t pp = from; pp < min64(from + unit_rows, p.p); ++pp) {
-        const int64_t top = pp * v.stride_h - v.pad_h;
-        const int64_t r0 = first_tap(top, v.dilation_h), r1 = last_tap(top, v.kernel_h, v.dilation_h, p.h);
-        const int64_t out = (plane * p.p + pp) * p.q;
-        T* const y = static_cast<T*>(p.y) + out;
-        const ivec<C> top_row = ivec<C>{} + static_cast<I>(top * p.w);
-        for (int64_t r = min64(r0, max64(r1 - 1, 0)); r < max64(r1, 1); r += held) {  // once where there is no cell
-          const bool begins = r <= r0 || r1 <= r0, ends = r + held >= r1;
-          const int64_t part_end = r1 <= r0 ? r : min64(r + held, r1);
-          const C* row[kRows];
-          for (int64_t i = r; i < part_end; ++i) {
-            const int64_t h = top + i * v.dilation_h;
-            const int64_t slot = v.dilation_h == 1 ? h % held : i - r;
-            C* const buffer = s.rows + slot * phases.size();
-            if (s.held_row[slot] != h) {
-              phases.split(x + h * p.w, buffer);
-              s.held_row[slot] = h;
-            }
-            row[i - r] = buffer;
-          }
-          for (int64_t q = 0; q < p.q; q += lanes<C>) {
-            Best<C> best;
-            if (begins) {
-              best.value = set1(kLowest<C>);
-              const ivec<C> first = *reinterpret_cast<const ivec<C>*>(s.first + q);
-              best.choice = r1 <= r0 ? ivec<C>{} - 1 : first + static_cast<I>(r0 * steps.row);
-            } else {
-              best.value = load(s.values + q);
-              best.choice = *reinterpret_cast<const ivec<C>*>(s.choices + q);
-            }
-            for (int64_t i = r; i < part_end; ++i) {
-              const C* const at = row[i - r] + q;
-              I tap = static_cast<I>(i * steps.row);
-              if constexpr (kWidth > 0) {
-#pragma GCC unroll 8
-                for (int t = 0; t < kWidth; ++t, tap += static_cast<I>(steps.column))
-                  take<C, kPick>(best, load(at + s.tap_at[t]), tap);
-              } else {
-                for (int64_t t = 0; t < v.kernel_w; ++t, tap += static_cast<I>(steps.column))
-                  take<C, kPick>(best, load(at + s.tap_at[t]), tap);
-              }
-            }
-            if (ends) {
-              const int part = part_of<C>(q, p.q);
-              store_n(y + q, best.value, part);
-              if constexpr (kPick) {
-                const ivec<C> base = *reinterpret_cast<const ivec<C>*>(s.base + q) + top_row;
-                store_choice<C>(p.choice, p.mode, out + q, best.choice, base, part);
-              }
-            } else {
-              store(s.values + q, best.value);
-              *reinterpret_cast<ivec<C>*>(s.choices + q) = best.choice;
-            }
-          }
+      int64_t begin = 0, end = 0;  // the rows whose best are held
+      for (int64_t group_from = from; group_from < to; group_from += group) {
+        const int64_t group_to = min64(group_from + group, to), above = group_from * v.stride_h - v.pad_h;
+        const int64_t next_begin = min64(max64(above, 0), p.h);
+        const int64_t next_end = min64(max64((group_to - 1) * v.stride_h - v.pad_h + reach, next_begin), p.h);
+        const int64_t kept = max64(end - next_begin, 0);
+        if (kept > 0 && next_begin > begin) {
+          std::memmove(s.rows, s.rows + (next_begin - begin) * width, kept * width * sizeof(C));
+          std::memmove(s.choices, s.choices + (next_begin - begin) * width, kept * width * sizeof(I));
+        }
+        begin = next_begin, end = next_end;
+        // What was just stored is slow to load until it has left for the cache: the next row's cells are fetched ahead.
+        const auto fetch = [&](int64_t h) {
+          if (h < end) phases.split(x + h * p.w, s.cells + h % 2 * phases.size());
+        };
+        fetch(begin + kept);
+        for (int64_t h = begin + kept; h < end; ++h) {
+          fetch(h + 1);
+          best_of_row<C, kPick, kWidth>(s.cells + h % 2 * phases.size(), s.tap_at, v.kernel_w, steps.column, s.first,
+                                        width, s.rows + (h - begin) * width, s.choices + (h - begin) * width);
+        }
+        for (int64_t pp = group_from; pp < group_to; ++pp) {
+          const int64_t top = pp * v.stride_h - v.pad_h;
+          const int64_t r0 = top >= 0 ? 0 : first_tap(top, v.dilation_h);
+          const int64_t r1 = top + reach <= p.h ? v.kernel_h : last_tap(top, v.kernel_h, v.dilation_h, p.h);
+          const int64_t at = r0 < r1 ? (top + r0 * v.dilation_h - begin) * width : 0;
+          best_of_rows<T, kPick>(p, s.rows + at, s.choices + at, v.dilation_h * width, r0, r1, steps.row, top, s.base,
+                                 (plane * p.p + pp) * p.q);
+        }
+      }
+    }
+  }
+}
+
+// Rows of tall windows that no other row of windows shares: first the best of each column, along whole rows of the image, then
+// the best of those, where of equal values in two columns the upper is first.
+template <class T, bool kPick>
+void forward_nchw_tall(const MaxPool2dParams& p) {
+  using C = compute_t<T>;
+  using I = int_t<C>;
+  const Windows& v = p.windows;
+  const int64_t width = round_up(p.w, lanes<C>);
+  const ScratchPieces scratch(p.threads, 2 * width * static_cast<int64_t>(sizeof(C)));
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t row = 0; row < p.n * p.c * p.p; ++row) {
+    C* const values = static_cast<C*>(scratch.piece(omp_get_thread_num()));
+    I* const rows = reinterpret_cast<I*>(values + width);
+    const T* const x = static_cast<const T*>(p.x) + row / p.p * p.h * p.w;
+    const int64_t top = row % p.p * v.stride_h - v.pad_h;
+    const int64_t r0 = first_tap(top, v.dilation_h), r1 = last_tap(top, v.kernel_h, v.dilation_h, p.h);
+    for (int64_t w = 0; w < p.w && r0 < r1; w += lanes<C>) {
+      const int part = part_of<C>(w, p.w);
+      const T* at = x + (top + r0 * v.dilation_h) * p.w + w;
+      Best<C> best{load_n(at, part), ivec<C>{} + static_cast<I>(r0)};
+      for (int64_t r = r0 + 1; r < r1; ++r)
+        take<C, true>(best, load_n(at += v.dilation_h * p.w, part), ivec<C>{} + static_cast<I>(r));
+      store(values + w, best.value);
+      store_choice_row<C>(rows + w, best.choice);
+    }
+    for (int64_t q = 0; q < p.q; ++q) {
+      const int64_t left = q * v.stride_w - v.pad_w;
+      const int64_t s0 = first_tap(left, v.dilation_w), s1 = last_tap(left, v.kernel_w, v.dilation_w, p.w);
+      const bool any = r0 < r1 && s0 < s1;
+      const C* const value_at = values + left;
+      const I* const row_at = rows + left;
+      int64_t s = s0;
+      C best = any ? value_at[s0 * v.dilation_w] : kLowest<C>;
+      I best_row = any ? row_at[s0 * v.dilation_w] : 0;
+      for (int64_t t = s0 + 1; t < s1 && any; ++t) {
+        const C now = value_at[t * v.dilation_w];
+        const I now_row = row_at[t * v.dilation_w];
+        const bool wins =
+            now != now ? best == best || now_row >= best_row : now > best || (now == best && now_row < best_row);
+        if (wins) best = now, best_row = now_row, s = t;
+      }
+      const int64_t out = row * p.q + q;
+      store_scalar(static_cast<T*>(p.y) + out, best);
+      if constexpr (kPick) {
+        if (p.mode == Choice::offsets) {
+          static_cast<uint8_t*>(p.choice)[out] = any ? static_cast<uint8_t>(best_row * v.kernel_w + s) : kNoOffset;
+        } else {
+          static_cast<int64_t*>(p.choice)[out] =
+              any ? (top + best_row * v.dilation_h) * p.w + left + s * v.dilation_w : kNoIndex;
         }
       }
     }
@@ -155,27 +262,32 @@ void forward_nhwc(const MaxPool2dParams& p) {
       const T* const corner = image + ((top + r0 * v.dilation_h) * p.w + left + s0 * v.dilation_w) * p.c;
       const I first = cells ? static_cast<I>(r0 * steps.row + s0 * steps.column) : -1;
       const ivec<C> base = ivec<C>{} + static_cast<I>(top * p.w + left);
-      for (int64_t c = 0; c < p.c; c += lanes<C>) {
-        const int part = part_of<C>(c, p.c);
+      const auto vectors = [&](int64_t c, int part) __attribute__((always_inline)) {
         Best<C> best{set1(kLowest<C>), ivec<C>{} + first};
         for (int64_t r = r0; r < r1; ++r) {
           const T* at = corner + (r - r0) * step_h + c;
           I tap = static_cast<I>(r * steps.row + s0 * steps.column);
           for (int64_t s = s0; s < s1; ++s, at += step_w, tap += static_cast<I>(steps.column))
-            take<C, kPick>(best, load_n(at, part), tap);
+            take<C, kPick>(best, load_n(at, part), ivec<C>{} + tap);
         }
         store_n(static_cast<T*>(p.y) + out + c, best.value, part);
         if constexpr (kPick) store_choice<C>(p.choice, p.mode, out + c, best.choice, base, part);
-      }
+      };
+      int64_t c = 0;
+      for (; c + lanes<C> <= p.c; c += lanes<C>) vectors(c, lanes<C>);
+      if (c < p.c) vectors(c, static_cast<int>(p.c - c));
     }
   }
 }
 
 template <class T, bool kPick>
 void forward_as(const MaxPool2dParams& p) {
+  const Windows& v = p.windows;
   if (p.layout == Layout::nhwc) return forward_nhwc<T, kPick>(p);
+  if (v.kernel_h >= 4 && v.stride_h > (v.kernel_h - 1) * v.dilation_h) return forward_nchw_tall<T, kPick>(p);
   if (p.windows.kernel_w == 2) return forward_nchw<T, kPick, 2>(p);
   if (p.windows.kernel_w == 3) return forward_nchw<T, kPick, 3>(p);
+  if (p.windows.kernel_w == 5) return forward_nchw<T, kPick, 5>(p);
   forward_nchw<T, kPick, 0>(p);
 }
 

@@ -62,60 +62,6 @@ struct PhasedRow {
       }
     }
   }
-
-  // Phases -> image row.
-  template <class T>
-  void merge(const C* from, T* row) const {
-    if (stride == 1) {
-      const C* const in = from + pad;
-      int64_t i = 0;
-      for (; i + lanes<C> <= w; i += lanes<C>) store(row + i, load(in + i));
-      if (i < w) store_n(row + i, load(in + i), static_cast<int>(w - i));
-    } else if (stride == 2) {
-      const C* const even = from + at(pad);
-      const C* const odd = from + at(pad + 1);
-      for (int64_t i = 0; i < w; i += 2 * lanes<C>) {
-        const vec<C> a = load(even + i / 2), b = load(odd + i / 2);
-        const int64_t left = w - i;
-        store_n(row + i, zip_low(a, b), static_cast<int>(min64(left, lanes<C>)));
-        if (left > lanes<C>)
-          store_n(row + i + lanes<C>, zip_high(a, b), static_cast<int>(min64(left - lanes<C>, lanes<C>)));
-      }
-    } else {
-      for (int64_t j = 0; j < stride; ++j) {
-        const C* const in = from + j * length;
-        for (int64_t i = begin(j), e = end(j); i < e; ++i) store_scalar(&row[i * stride + j - pad], in[i]);
-      }
-    }
-  }
-};
-
-// The taps of a window along the row, by the phase of the cells they see, for working from cells back to windows: element i
-// of phase j is seen by tap `index` of window i - distance. The farthest tap, whose window comes first, is listed first.
-struct Tap {
-  int64_t distance, index;
-};
-template <class C>
-inline void list_taps(const PhasedRow<C>& phases, int64_t kernel, int64_t dilation, int64_t* phase_begin, Tap* taps) {
-  int64_t count = 0;
-  for (int64_t j = 0; j < phases.stride; ++j) {
-    phase_begin[j] = count;
-    for (int64_t t = kernel - 1; t >= 0; --t)
-      if (t * dilation % phases.stride == j) taps[count++] = {t * dilation / phases.stride, t};
-  }
-  phase_begin[phases.stride] = count;
-}
-// Of a phase's taps [first, past), those whose windows begin within [0, q) for some of the elements [i, i + lanes): a range
-// that moves towards the front as i grows.
-template <class C>
-struct TapRange {
-  int64_t lo, hi;
-
-  explicit TapRange(int64_t past) : lo(past), hi(past) {}
-  void move_to(int64_t i, int64_t q, const Tap* taps, int64_t first) {
-    while (lo > first && taps[lo - 1].distance < i + lanes<C>) --lo;
-    while (hi > first && taps[hi - 1].distance <= i - q) --hi;
-  }
 };
 
 // Output rows of a plane that one unit of work covers: whole planes, unless there are few.
@@ -146,7 +92,7 @@ struct Steps {
 template <class C>
 [[gnu::always_inline]] inline void store_choice(void* to, Choice mode, int64_t at, ivec<C> choice, ivec<C> base,
                                                 int n) {
-  const ivec<C> none = choice < 0;
+  const ivec<C> none = choice >> (8 * sizeof(C) - 1);  // all ones where it is negative
   if (mode == Choice::offsets) {
     store_u8_n<C>(static_cast<uint8_t*>(to) + at, choice | none, n);
   } else {

@@ -37,19 +37,26 @@ void backward(const Tensor& dx, const Tensor& dy, int threads, int kernel) {
       validate("adaptive_avg_pool2d_backward", dy, dx, dx, dy, threads), kernel);
 }
 
-// -> the plane's mean, (y,) where a gradient is wanted, or None.
+// Short equal windows side by side in NCHW are for avg_pool2d's kernels, and each cell's own mean is a copy.
+bool for_others(const Tensor& x, const std::array<int64_t, 2>& size, Layout layout) {
+  const int64_t h = x.shape[2], w = x.shape[3];
+  if (size[0] == h && size[1] == w) return true;
+  return layout == Layout::nchw && h % size[0] == 0 && w % size[1] == 0 && size[0] * size[1] > 1 && w / size[1] < 8;
+}
+
+// -> y, (y,) where a gradient is wanted, or None.
 PyObject* forward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return direct::attempt([&]() -> PyObject* {
     Tensor x, y;
     std::array<int64_t, 2> size;
     int64_t threads;
     bool grad;
-    if (count != 4 || !direct::pair(args[1], size) || size[0] != 1 || size[1] != 1 || !direct::tensor(args[0], x) ||
+    if (count != 4 || !direct::pair(args[1], size) || size[0] < 1 || size[1] < 1 || !direct::tensor(args[0], x) ||
         !direct::truth(args[2], grad) || !direct::integer(args[3], threads))
       return nullptr;
     const Layout layout = direct::suggested(x);
-    if (!direct::dense(x, layout)) return nullptr;
-    py::object made = direct::empty(args[0], {x.shape[0], x.shape[1], 1, 1}, x.dtype, layout, y);
+    if (!direct::dense(x, layout) || for_others(x, size, layout)) return nullptr;
+    py::object made = direct::empty(args[0], {x.shape[0], x.shape[1], size[0], size[1]}, x.dtype, layout, y);
     forward(y, x, static_cast<int>(threads), kSelect);
     if (grad && direct::requires_grad(args[0])) return py::make_tuple(std::move(made)).release().ptr();
     return made.release().ptr();

@@ -67,9 +67,34 @@ PyObject* forward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
+// -> dx, or None.
+PyObject* backward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return direct::attempt([&]() -> PyObject* {
+    Tensor dy, dx;
+    int64_t h, w, threads;
+    Pair kernel, stride, padding;
+    bool count_include_pad, channels_last;
+    if (count != 9 || !direct::tensor(args[0], dy) || !direct::integer(args[1], h) || !direct::integer(args[2], w) ||
+        !direct::pair(args[3], kernel) || !direct::pair(args[5], padding) ||
+        !direct::truth(args[6], count_include_pad) || !direct::truth(args[7], channels_last) ||
+        !direct::integer(args[8], threads))
+      return nullptr;
+    stride = kernel;
+    if (args[4] != Py_None && !direct::pair(args[4], stride)) return nullptr;
+    const Layout layout = channels_last ? Layout::nhwc : Layout::nchw;
+    if (!direct::dense(dy, layout)) return nullptr;
+    py::object made = direct::empty(args[0], {dy.shape[0], dy.shape[1], h, w}, dy.dtype, layout, dx);
+    backward(dx, dy, kernel, stride, padding, count_include_pad, 0, static_cast<int>(threads), kSelect);
+    return made.release().ptr();
+  });
+}
+
 }  // namespace
 
 void bind_avg_pool2d(py::module_& m) {
+  direct::define(m, "avg_pool2d_backward_direct", &backward_direct,
+                 "avg_pool2d_backward_direct(dy: torch.Tensor, h: int, w: int, kernel_size: Any, stride: Any, "
+                 "padding: Any, count_include_pad: bool, channels_last: bool, threads: int) -> object");
   direct::define(m, "avg_pool2d_direct", &forward_direct,
                  "avg_pool2d_direct(x: torch.Tensor, kernel_size: Any, stride: Any, padding: Any, ceil_mode: bool, "
                  "count_include_pad: bool, grad: bool, threads: int) -> object");

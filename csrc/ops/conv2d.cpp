@@ -14,6 +14,8 @@ bool has_narrow_groups(const Conv2dParams& p) {
   return p.groups > 1 && p.c / p.groups < 8 && p.k / p.groups < 8 && p.r * p.s < 65536;
 }
 
+bool has_narrow_nonempty_groups(const Conv2dParams& p) { return has_narrow_groups(p) && p.c > 0 && p.k > 0; }
+
 // Coordinates have 32 bits there.
 bool suits_matrix_units(const Conv2dParams& p) {
   constexpr int64_t kLargest = 1 << 28;

@@ -398,6 +398,8 @@ CONVOLUTIONS = (
     dict(x=(2, 21, 8, 8), k=35, rs=(3, 2), stride=(1, 1), padding=(0, 0), dilation=(1, 2), groups=7),
     dict(x=(1, 42, 9, 8), k=7, rs=(2, 3), stride=(1, 2), padding=(1, 0), dilation=(2, 1), groups=7),
     dict(x=(1, 28, 6, 19), k=28, rs=(3, 3), stride=(1, 1), padding=(2, 1), dilation=(1, 1), groups=4),
+    dict(x=(1, 16, 30, 70), k=8, rs=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=4),
+    dict(x=(2, 16, 8, 9), k=32, rs=(3, 3), stride=(2, 1), padding=(1, 1), dilation=(1, 1), groups=2),
     dict(x=(1, 50, 6, 5), k=20, rs=(1, 5), stride=(1, 1), padding=(0, 2), dilation=(1, 1), groups=10),
     dict(x=(1, 17, 41, 40), k=18, rs=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1),
     dict(x=(12, 33, 11, 13), k=20, rs=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1),

@@ -5,7 +5,9 @@
 // channels_last images are read and written where they lie. NCHW images go through scratch in cache, vectors of output channels
 // at a time: a strip of rows of the planes that they see is transposed to [row][column][lane], and the output back; that costs
 // about four cycles a vector each way, but every vector is full, whatever the size of the image, and depthwise no load crosses
-// a cache line.
+// a cache line. Wider groups read their pixels many times: there channels_last images are copied to such strips too for the
+// gradient of the weights, whose two images would push each other out of the few sets of the cache that pixels far apart fall
+// into, and where the elements are not in the compute type.
 //
 // A vector of output channels may begin and end inside of groups. Its lanes' input channels lie next to each other, in one
 // or two vectors of them, unless groups have far more input channels than output channels; then fewer lanes are used.
@@ -130,9 +132,6 @@ struct Term {
   int64_t input, weight;
 };
 
-template <bool kGroups>
-constexpr int64_t kMostTaps = kGroups ? kMostPickedTaps : 7;  // of a run
-
 // What forward and input_grad do with every image, and in which order they want the filters. X: what the kernels read and
 // write; kGroups: of more channels than one.
 template <class X, bool kGroups>
@@ -181,7 +180,7 @@ struct Plan {
       while (width < l.count && sorted[width].dh == sorted[0].dh) ++width;
       const bool adjacent = !part && width > 1 && sorted[1].dw == sorted[0].dw + 1;
       phase->lattice = l;
-      phase->taps = adjacent ? side_by_side(width, l.isw, kMostTaps<kGroups>) : 1;
+      phase->taps = adjacent ? side_by_side(width, l.isw) : 1;
       choose_kernels(*phase);
       phase->runs = run;
       phase->packed = count;
@@ -390,7 +389,7 @@ void filter_nhwc(const Conv2dParams& p, bool transposed) {
   }
 }
 
-// ---- NCHW ------------------------------------------------------------------------------------------------------------
+// ---- Through scratch -------------------------------------------------------------------------------------------------
 
 // Pixels [first, last) of some planes as [pixel][plane]. `more` planes may be read in the place of a partial block of them,
 // which takes transpose longer.
@@ -400,7 +399,31 @@ void gather_planes(const T* planes, int64_t size, int64_t first, int64_t last, i
   transpose(planes + first, size, min64(round_up(count, 8), min64(more, pitch)), last - first, to, pitch);
 }
 
-// The way back, with the last step of the convolution. `row` has room for the pixels of one plane.
+// The same from pixels of `channels` channels.
+template <class T>
+void gather_channels(const T* pixels, int64_t channels, int64_t first, int64_t last, int64_t count, int64_t more,
+                     compute_t<T>* to, int64_t pitch) {
+  constexpr int64_t kLanes = lanes<compute_t<T>>;
+  pixels += first * channels;
+  for (int64_t i = first; i < last; ++i, pixels += channels, to += pitch)
+    for (int64_t c = 0; c < count; c += kLanes)
+      store(to + c, load_n(pixels + c, static_cast<int>(min64(more - c, kLanes))));
+}
+
+// The way back, with the last step of the convolution, to pixels and to planes.
+template <class T>
+void scatter_channels(const compute_t<T>* from, int64_t count, int part, T* pixels, const T* residual, int64_t channels,
+                      Activation activation) {
+  using C = compute_t<T>;
+  for (int64_t i = 0; i < count; ++i, from += lanes<C>, pixels += channels) {
+    vec<C> z = load(from);
+    if (residual) z += load_n(residual + i * channels, part);
+    if (activation != Activation::none) z = activate<C>(z, activation);
+    store_n(pixels, z, part);
+  }
+}
+
+// To planes: `row` has room for the pixels of one plane.
 template <class T>
 void scatter_planes(const compute_t<T>* from, int64_t count, int64_t first, int64_t skip, int64_t part, T* planes,
                     const T* residual, int64_t size, Activation activation, compute_t<T>* rows) {
@@ -425,8 +448,9 @@ void scatter_planes(const compute_t<T>* from, int64_t count, int64_t first, int6
   }
 }
 
+// Strips of the input, each held for one vector of output channels.
 template <class T, bool kGroups>
-void filter_nchw(const Conv2dParams& p, bool transposed) {
+void filter_held(const Conv2dParams& p, bool transposed) {
   using C = compute_t<T>;
   const int threads = threads_of(p);
   const Plan<C, kGroups> plan(p, transposed, false);
@@ -435,7 +459,8 @@ void filter_nchw(const Conv2dParams& p, bool transposed) {
   const T* const in = static_cast<const T*>(transposed ? p.y : p.x);
   T* const out = static_cast<T*>(transposed ? p.x : p.y);
   const T* const residual = static_cast<const T*>(p.residual);
-  const int64_t in_c = plan.inputs.channels;
+  const bool nchw = p.layout == Layout::nchw;
+  const int64_t in_c = plan.inputs.channels, out_c = plan.out_channels;
   const int64_t in_plane = plan.in_h * plan.in_w, out_plane = plan.out_h * plan.out_w;
   // Output rows whose input, beside the rows that they share with the next ones, fills a strip.
   const int64_t rows_held =
@@ -463,33 +488,49 @@ void filter_nchw(const Conv2dParams& p, bool transposed) {
     block.part = static_cast<int>(lanes<C>);
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < tasks; ++task) {
-      const int64_t strip = task % rows.parts, v = task / rows.parts % vectors.count;
-      const int64_t n = task / rows.parts / vectors.count;
-      const int64_t plane = n * plan.out_channels + vectors.start(v);
+      // Neighbours share what they read: NCHW rows, channels_last cache lines.
+      const int64_t strip = (nchw ? task : task / vectors.count) % rows.parts;
+      const int64_t v = (nchw ? task / rows.parts : task) % vectors.count, n = task / rows.parts / vectors.count;
+      const int64_t plane = n * out_c + vectors.start(v);
       const int64_t c0 = plan.first_channel(v), c1 = plan.last_channel(v), in_first = n * in_c + c0;
       const int64_t y0 = rows.begin(strip), y1 = rows.end(strip);
       const int64_t h0 = plan.first_input(y0), h1 = max64(h0, plan.last_input(y1));
-      gather_planes(in + in_first * in_plane, in_plane, h0 * plan.in_w, h1 * plan.in_w, c1 - c0, in_c - c0, held,
-                    plan.pitch);
-      // The next strip of these planes, or the first of the next ones.
+      const T* const image = in + n * in_plane * in_c + c0;  // channels_last
       Ahead ahead;
-      if (task + 1 < tasks) {
-        const bool last = strip + 1 == rows.parts;
-        const int64_t next = last ? 0 : strip + 1, width = plan.in_w * kSize;
-        const int64_t g0 = last ? 0 : h1, g1 = plan.last_input(rows.end(next));
-        const int64_t from = in_first + (last ? c1 - c0 : 0);
-        ahead = {in + from * in_plane + g0 * plan.in_w, min64(c1 - c0, p.n * in_c - from), in_plane * kSize,
-                 (g1 - g0) * width};
+      if (nchw) {
+        gather_planes(in + in_first * in_plane, in_plane, h0 * plan.in_w, h1 * plan.in_w, c1 - c0, in_c - c0, held,
+                      plan.pitch);
+        // The next strip of these planes, or the first of the next ones.
+        if (task + 1 < tasks) {
+          const bool last = strip + 1 == rows.parts;
+          const int64_t next = last ? 0 : strip + 1, width = plan.in_w * kSize;
+          const int64_t g0 = last ? 0 : h1, g1 = plan.last_input(rows.end(next));
+          const int64_t from = in_first + (last ? c1 - c0 : 0);
+          ahead = {in + from * in_plane + g0 * plan.in_w, min64(c1 - c0, p.n * in_c - from), in_plane * kSize,
+                   (g1 - g0) * width};
+        }
+      } else {
+        gather_channels(image, in_c, h0 * plan.in_w, h1 * plan.in_w, c1 - c0, in_c - c0, held, plan.pitch);
+        if (v + 1 < vectors.count)
+          ahead = {image + h0 * plan.in_w * in_c + c1 - c0, (h1 - h0) * plan.in_w, in_c * kSize,
+                   min64(c1 - c0, in_c - c1) * kSize};
       }
       for (int64_t from = y0; from < y1; from += group) {
         const int64_t count = min64(group, y1 - from);
-        const Ahead output{out + plane * out_plane + from * plan.out_w, vectors.part, out_plane * kSize,
-                           count * plan.out_w * kSize};
+        const int64_t to = ((n * plan.out_h + from) * plan.out_w) * out_c + vectors.start(v);  // channels_last
+        const Ahead output = nchw ? Ahead{out + plane * out_plane + from * plan.out_w, vectors.part, out_plane * kSize,
+                                          count * plan.out_w * kSize}
+                                  : Ahead{out + to, count * plan.out_w, out_c * kSize, vectors.part * kSize};
         for (int64_t y = from; y < from + count; ++y) {
           ahead.fetch(y - y0, y1 - y0);
           output.fetch(y - from, count);
           filter_row<C>(plan, y, v, v + 1, held - h0 * block.row, packed, made + (y - from) * plan.out_w * lanes<C>,
                         nullptr, block, Ahead(), Ahead());
+        }
+        if (!nchw) {
+          scatter_channels(made, count * plan.out_w, static_cast<int>(vectors.part), out + to,
+                           residual ? residual + to : nullptr, out_c, p.activation);
+          continue;
         }
         scatter_planes(made, count * plan.out_w, from * plan.out_w, vectors.shared(v), vectors.part,
                        out + plane * out_plane, residual ? residual + plane * out_plane : nullptr, out_plane,
@@ -503,6 +544,7 @@ void filter_nchw(const Conv2dParams& p, bool transposed) {
 
 constexpr int64_t kFlushPixels = 192;  // of one tap, added up in the compute type before they go to a float64 sum
 constexpr int64_t kCorrelateBytes = 24 << 10;  // of x and dy: most of L1
+constexpr int64_t kFarPixels = 2048;           // bytes between pixels that leave few sets of L1 to a vector of channels
 
 // The forward lattice's taps as runs, and how the images are cut.
 template <class X, bool kGroups>
@@ -511,6 +553,7 @@ struct GradPlan {
   Inputs inputs;
   Vectors vectors;
   int64_t span, pitch;  // input channels of a vector, in scratch
+  bool in_place;
   Picks<C> picks;
   Scratch<GradRun> runs;
   int64_t taps, together, run_count = 0;  // taps of a run, runs of a call
@@ -520,23 +563,30 @@ struct GradPlan {
   Cut slices;     // of the strips of all images
   int64_t flush;  // strips
 
-  GradPlan(const Conv2dParams& p)
+  // Whether channels_last images are read where they lie.
+  static bool reads_in_place(const Conv2dParams& p, bool converts) {
+    if (p.layout != Layout::nhwc || !kGroups) return p.layout == Layout::nhwc;
+    const int64_t all = lanes<C>;
+    return !converts && p.c >= all && p.k >= all && Inputs(p.c, p.k, p.groups).lanes_of(all) == all &&
+           p.c * static_cast<int64_t>(sizeof(C)) < kFarPixels;
+  }
+  GradPlan(const Conv2dParams& p, bool converts)
       : inputs(p.c, p.k, p.groups),
         vectors(p.k, inputs.lanes_of(lanes<C>)),
         span(inputs.span(vectors)),
         pitch(round_up(span, lanes<C>)),
-        picks(inputs, vectors, p.layout == Layout::nhwc, pitch),
+        in_place(reads_in_place(p, converts)),
+        picks(inputs, vectors, in_place, pitch),
         runs(p.r * p.s * inputs.per_filter),
         reach((p.r - 1) * p.dilation_h + 1),
         rows{},
         slices{} {
-    const bool part = p.layout == Layout::nhwc && (vectors.part < lanes<C> || p.c < lanes<C>);
-    taps = p.dilation_w == 1 && !part ? side_by_side(p.s, p.stride_w, kMostTaps<kGroups>) : 1;
+    const bool part = in_place && vectors.part < lanes<C>;
+    taps = p.dilation_w == 1 && !part ? side_by_side(p.s, p.stride_w) : 1;
     together = taps == 3 && p.s == 3 && p.r == 3 ? 3 : 1;
     if constexpr (kGroups) {
-      kernel = part        ? correlate_kernel<X, Load::picked_part>(taps, p.stride_w, together)
-               : picks.two ? correlate_kernel<X, Load::picked_two>(taps, p.stride_w, together)
-                           : correlate_kernel<X, Load::picked>(taps, p.stride_w, together);
+      kernel = picks.two ? correlate_kernel<X, Load::picked_two>(taps, p.stride_w, together)
+                         : correlate_kernel<X, Load::picked>(taps, p.stride_w, together);
     } else {
       kernel = part ? correlate_kernel<X, Load::part>(taps, p.stride_w, together)
                     : correlate_kernel<X, Load::whole>(taps, p.stride_w, together);
@@ -580,18 +630,20 @@ void correlate_strip(const GradPlan<X, kGroups>& plan, int64_t p0, int64_t p1, C
 }
 
 template <class T, class X, bool kGroups>
-void correlate_images(const Conv2dParams& p, bool nchw) {
+void correlate_images(const Conv2dParams& p) {
   using C = compute_t<T>;
   const int threads = threads_of(p);
-  const GradPlan<X, kGroups> plan(p);
+  const bool nchw = p.layout == Layout::nchw;
+  const GradPlan<X, kGroups> plan(p, !__is_same(T, X));
   const Vectors& vectors = plan.vectors;
   const int64_t taps = p.r * p.s, per_filter = plan.inputs.per_filter, size = per_filter * taps * lanes<C>;
   const int64_t block = nchw ? 1 : 4;
   const Cut blocks{vectors.count, ceil_div(vectors.count, block)};
   const int64_t slices = plan.slices.parts, most_rows = ceil_div(p.p, plan.rows.parts);
   Scratch<double> totals(slices * vectors.count * size);
-  const int64_t x_size = nchw ? min64(p.h, (most_rows - 1) * p.stride_h + plan.reach) * p.w * plan.pitch : 0;
-  const int64_t dy_size = nchw ? most_rows * p.q * lanes<C> : 0;
+  const int64_t most_x_rows = min64(p.h, (most_rows - 1) * p.stride_h + plan.reach);
+  const int64_t x_size = plan.in_place ? 0 : most_x_rows * p.w * plan.pitch;
+  const int64_t dy_size = plan.in_place ? 0 : most_rows * p.q * lanes<C>;
   const ScratchPieces scratch(p.threads, (block * size + x_size + dy_size) * static_cast<int64_t>(sizeof(C)));
   const int64_t x_plane = p.h * p.w, dy_plane = p.p * p.q;
   constexpr int64_t kSize = sizeof(T);
@@ -600,7 +652,7 @@ void correlate_images(const Conv2dParams& p, bool nchw) {
     C* const sums = static_cast<C*>(scratch.piece(omp_get_thread_num()));
     C *const x_held = sums + block * size, *const dy_held = x_held + x_size;
     Correlation<X> b{};
-    b.x_pixel = nchw ? plan.pitch : p.c, b.dy_pixel = nchw ? lanes<C> : p.k;
+    b.x_pixel = plan.in_place ? p.c : plan.pitch, b.dy_pixel = plan.in_place ? p.k : lanes<C>;
     b.x_row = p.w * b.x_pixel, b.dy_row = p.q * b.dy_pixel;
     b.x_column = plan.taps > 1 ? b.x_pixel : b.x_pixel * p.stride_w;
     b.x_step = b.x_row * p.stride_h;
@@ -641,19 +693,25 @@ void correlate_images(const Conv2dParams& p, bool nchw) {
         }
         for (int64_t v = v0; v < v1; ++v) {
           const int64_t c0 = plan.inputs.first(vectors, v), k0 = vectors.start(v);
+          const T* const x = static_cast<const T*>(p.x) + n * x_plane * p.c;
+          const T* const dy = static_cast<const T*>(p.y) + n * dy_plane * p.k;
           if constexpr (__is_same(X, C)) {
-            if (nchw) {
+            if (!plan.in_place) {
               const auto [h0, h1] = plan.input_rows(p, p0, p1);
-              gather_planes(static_cast<const T*>(p.x) + (n * p.c + c0) * x_plane, x_plane, h0 * p.w, h1 * p.w,
-                            plan.inputs.last(vectors, v) - c0, p.c - c0, x_held, plan.pitch);
-              gather_planes(static_cast<const T*>(p.y) + (n * p.k + k0) * dy_plane, dy_plane, p0 * p.q, p1 * p.q,
-                            vectors.part, p.k - k0, dy_held, lanes<C>);
+              const int64_t x0 = h0 * p.w, x1 = h1 * p.w, span = plan.inputs.last(vectors, v) - c0;
+              if (nchw) {
+                gather_planes(x + c0 * x_plane, x_plane, x0, x1, span, p.c - c0, x_held, plan.pitch);
+                gather_planes(dy + k0 * dy_plane, dy_plane, p0 * p.q, p1 * p.q, vectors.part, p.k - k0, dy_held,
+                              lanes<C>);
+              } else {
+                gather_channels(x + c0, p.c, x0, x1, span, p.c - c0, x_held, plan.pitch);
+                gather_channels(dy + k0, p.k, p0 * p.q, p1 * p.q, vectors.part, p.k - k0, dy_held, lanes<C>);
+              }
               b.x = x_held - h0 * b.x_row, b.dy = dy_held - p0 * b.dy_row;
             }
           }
-          if (!nchw) {
-            b.x = static_cast<const X*>(p.x) + n * x_plane * p.c + c0;
-            b.dy = static_cast<const X*>(p.y) + n * dy_plane * p.k + k0;
+          if constexpr (__is_same(X, T)) {
+            if (plan.in_place) b.x = x + c0, b.dy = dy + k0;
           }
           b.picks = plan.picks.vector(v);
           correlate_strip(plan, p0, p1, b, sums + (v - v0) * size, v - v0, v1 - v0);
@@ -684,18 +742,22 @@ void correlate_images(const Conv2dParams& p, bool nchw) {
 
 // ---- Passes ----------------------------------------------------------------------------------------------------------
 
-// kGroups: any groups. Without, for depthwise convolution.
+// kGroups: any groups. Without, for depthwise convolution. What wider groups read many times is converted once.
 template <class T, bool kGroups>
 void filter(const Conv2dParams& p, bool transposed) {
   if (p.n * p.c * p.k == 0) return;
-  if (p.layout == Layout::nchw) return filter_nchw<T, kGroups>(p, transposed);
-  filter_nhwc<T, kGroups>(p, transposed);
+  if constexpr (!kGroups || __is_same(T, compute_t<T>)) {
+    if (p.layout == Layout::nhwc) return filter_nhwc<T, kGroups>(p, transposed);
+  }
+  filter_held<T, kGroups>(p, transposed);
 }
 
 template <class T, bool kGroups>
 void correlate_all(const Conv2dParams& p) {
-  if (p.layout == Layout::nchw) return correlate_images<T, compute_t<T>, kGroups>(p, true);
-  correlate_images<T, T, kGroups>(p, false);
+  if constexpr (!kGroups) {
+    if (p.layout == Layout::nhwc) return correlate_images<T, T, kGroups>(p);
+  }
+  correlate_images<T, compute_t<T>, kGroups>(p);
 }
 
 }  // namespace

@@ -185,8 +185,8 @@ void filter_block(const FilterBlock<T>& b) {
   finish_block(b, finished);
 }
 
-// Widths of blocks: with the taps of a run they fill the registers. Where inputs are picked there are fewer kernels, of the
-// widths that rows of 7 * 2^n pixels need, and for up to 3 taps: each is compiled for every type and instruction set.
+// Widths of blocks: with the taps of a run they fill the registers. Where inputs are picked there are fewer kernels, to save
+// time of compilation: of the widths that rows of 7 * 2^n pixels need.
 #if CNNOPS_ISA_avx512
 constexpr int kWidths[] = {4, 7, 10, 14};
 #else
@@ -194,7 +194,6 @@ constexpr int kWidths[] = {4, 7};
 #endif
 constexpr int kWidthCount = sizeof kWidths / sizeof kWidths[0];
 constexpr int kMostPixels = kWidths[kWidthCount - 1];
-constexpr int kMostPickedTaps = 3;
 
 template <class T>
 struct FilterKernels {
@@ -216,14 +215,10 @@ struct FilterKernels {
       switch (taps * 4 + step) {
         case 2 * 4 + 1: return set<2, 1, kLoad>();
         case 3 * 4 + 1: return set<3, 1, kLoad>();
+        case 5 * 4 + 1: return set<5, 1, kLoad>();
+        case 7 * 4 + 1: return set<7, 1, kLoad>();
         case 3 * 4 + 2: return set<3, 2, kLoad>();
-      }
-      if constexpr (!is_picked(kLoad)) {
-        switch (taps * 4 + step) {
-          case 5 * 4 + 1: return set<5, 1, kLoad>();
-          case 7 * 4 + 1: return set<7, 1, kLoad>();
-          case 5 * 4 + 2: return set<5, 2, kLoad>();
-        }
+        case 5 * 4 + 2: return set<5, 2, kLoad>();
       }
     }
     set<1, 1, kLoad>();
@@ -231,10 +226,10 @@ struct FilterKernels {
 };
 
 // How many taps of a filter row a run takes, where `width` of them lie side by side (1: they do not) and output pixels are
-// `step` input pixels apart; at most `most`.
-int64_t side_by_side(int64_t width, int64_t step, int64_t most) {
+// `step` input pixels apart.
+int64_t side_by_side(int64_t width, int64_t step) {
   if (step <= 2)
-    for (int64_t taps = min64(most, step == 1 ? 7 : 5); taps > 1; taps -= 2)
+    for (int64_t taps = step == 1 ? 7 : 5; taps > 1; taps -= 2)
       if (width % taps == 0) return taps;
   return step == 1 && width % 2 == 0 ? 2 : 1;
 }
@@ -330,9 +325,11 @@ void correlate(const Correlation<T>& b, const GradRun* runs, compute_t<T>* sums)
         x += kCount * kPixels * b.x_column, dy += kCount * b.dy_pixel;
       }
     };
+    // Nine sums and seven pixels are more than 16 registers hold.
+    constexpr bool kFull = is_picked(kLoad) && kRuns > 1 && kMostPixels == 7;
     if constexpr (kMostPixels > 7) blocks(Constant<kMostPixels>{});
-    blocks(Constant<7>{});
-    if constexpr (!is_picked(kLoad)) blocks(Constant<4>{});
+    if constexpr (!kFull) blocks(Constant<7>{});
+    if constexpr (!is_picked(kLoad) || kFull) blocks(Constant<4>{});
     blocks(Constant<1>{});
   }
   unrolled<0, kRuns>([&](auto r) CNNOPS_INLINE {
@@ -354,14 +351,10 @@ CorrelateKernel<T> correlate_kernel(int64_t taps, int64_t step, int64_t runs) {
     switch (taps * 4 + step) {
       case 2 * 4 + 1: return &correlate<T, 2, 1, kLoad, 1>;
       case 3 * 4 + 1: return &correlate<T, 3, 1, kLoad, 1>;
+      case 5 * 4 + 1: return &correlate<T, 5, 1, kLoad, 1>;
+      case 7 * 4 + 1: return &correlate<T, 7, 1, kLoad, 1>;
       case 3 * 4 + 2: return &correlate<T, 3, 2, kLoad, 1>;
-    }
-    if constexpr (!is_picked(kLoad)) {
-      switch (taps * 4 + step) {
-        case 5 * 4 + 1: return &correlate<T, 5, 1, kLoad, 1>;
-        case 7 * 4 + 1: return &correlate<T, 7, 1, kLoad, 1>;
-        case 5 * 4 + 2: return &correlate<T, 5, 2, kLoad, 1>;
-      }
+      case 5 * 4 + 2: return &correlate<T, 5, 2, kLoad, 1>;
     }
   }
   return &correlate<T, 1, 1, kLoad, 1>;

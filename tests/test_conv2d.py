@@ -144,7 +144,7 @@ def test_any_strides() -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize(("k", "groups"), [(21, 1), (20, 20)])
+@pytest.mark.parametrize(("k", "groups"), [(21, 1), (20, 20), (30, 10)])
 def test_any_number_of_threads_gives_the_same_bits(format: torch.memory_format, k: int, groups: int) -> None:
     x = torch.randn(3, 20, 23, 19).contiguous(memory_format=format)
     w = torch.randn(k, 20 // groups, 3, 3, requires_grad=True)

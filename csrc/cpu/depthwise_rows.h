@@ -1,5 +1,6 @@
-// The inner loops of depthwise convolution, for one vector of channels: a block of neighbouring output pixels in registers,
-// over the rows of a filter. A run is kTaps taps side by side in one filter row:
+// The inner loops of convolution in narrow groups, for one vector of output channels: a block of neighbouring output pixels in
+// registers, over the rows of a filter. A run is kTaps taps side by side in one filter row, of one of the input channels that
+// each filter sees (depthwise: the only one):
 //
 //   filter_block   the block's sums; each input vector that is loaded meets every tap of the run that it belongs to
 //   correlate      the taps' gradients over several rows of pixels; the same with the roles of taps and pixels exchanged
@@ -8,6 +9,9 @@
 // its first output pixel; those outside of the image are stepped over, which costs a compare and saves the products with
 // zeros: in a 7 x 7 image a filter of 7 x 7 has only 57% of its taps inside. Runs of one tap take any stride and dilation;
 // there each column is an output pixel's.
+//
+// Depthwise, lane l meets channel l. In wider groups the input channels that the lanes meet are picked from the one or two
+// vectors of channels where they lie: one permutation serves kTaps products.
 #pragma once
 
 #include "cpu/conv2d_lattice.h"
@@ -34,12 +38,47 @@ template <int kFrom, int kTo, class F>
 struct Run {
   int64_t dh, dw;       // its first tap reads input pixel (i*ish + dh, j*isw + dw)
   int64_t first, last;  // its columns, counted from output pixel 0, that lie inside the image
+  int64_t input;        // which of the input channels that a filter sees
 };
 
-// Loads and stores of a vector, or of its first lanes.
-template <bool kPart, class T>
-[[gnu::always_inline]] inline vec<compute_t<T>> load_part(const T* p, int part) {
-  if constexpr (kPart) return load_n(p, part);
+// Where the lanes of a vector of output channels find one of their input channels.
+template <class C>
+struct Pick {
+  int64_t first, second;  // of two vectors of channels, from the first input channel of any lane
+  ivec<C> index;          // in their 2 * lanes channels
+};
+
+// How input vectors are read; `part`: images of fewer channels than lanes, or vectors of fewer output channels.
+enum class Load { whole, part, picked, picked_two, picked_part };
+constexpr bool is_picked(Load load) { return load != Load::whole && load != Load::part; }
+constexpr bool is_part(Load load) { return load == Load::part || load == Load::picked_part; }
+
+// For the run of a block.
+template <class T, Load kLoad>
+struct Loader {
+  using C = compute_t<T>;
+  int64_t first, second;
+  ivec<C> index;
+  int part;
+
+  template <class Block>
+  [[gnu::always_inline]] Loader(const Block& b, const Run& run) : part(b.in_part) {
+    if constexpr (is_picked(kLoad)) {  // member by member: the whole would stay in memory
+      const Pick<C>& pick = b.picks[run.input];
+      first = pick.first, second = pick.second, index = pick.index;
+    }
+  }
+  [[gnu::always_inline]] vec<C> operator()(const T* p) const {
+    if constexpr (kLoad == Load::whole) return load(p);
+    if constexpr (kLoad == Load::part) return load_n(p, part);
+    if constexpr (kLoad == Load::picked) return permute(load(p + first), index);
+    if constexpr (kLoad == Load::picked_two) return permute(load(p + first), load(p + second), index);
+    if constexpr (kLoad == Load::picked_part) return permute(load_n(p + first, part), load_n(p + second, part), index);
+  }
+};
+template <Load kLoad, class T>
+[[gnu::always_inline]] inline vec<compute_t<T>> load_output(const T* p, int part) {
+  if constexpr (is_part(kLoad)) return load_n(p, part);
   return load(p);
 }
 
@@ -62,21 +101,23 @@ struct Ahead {
 template <class T>
 struct FilterBlock {
   using C = compute_t<T>;
-  const T* in;         // below the block's first output pixel, tap offset (0, 0)
-  int64_t row, pixel;  // elements from one input row, one input pixel to the next
-  int64_t column;      // elements from one column to the next
-  int64_t origin;      // the first column, counted from output pixel 0
-  const Run* runs;     // those whose row lies inside the image
-  int64_t count;       // of the runs
-  const C* filters;    // [run][tap][lane]
-  const C* bias;       // [lane]
-  T* out;              // the block's first pixel
-  int64_t out_pixel;   // elements from one output pixel to the next
-  const T* residual;   // laid out as out; null: none
+  const T* in;           // below the block's first output pixel, tap offset (0, 0), the vector's first input channel
+  int64_t row, pixel;    // elements from one input row, one input pixel to the next
+  int64_t column;        // elements from one column to the next
+  int64_t origin;        // the first column, counted from output pixel 0
+  const Run* runs;       // those whose row lies inside the image
+  int64_t count;         // of the runs
+  const Pick<C>* picks;  // of each input channel of a filter
+  const C* filters;      // [run][tap][lane]
+  const C* bias;         // [lane]
+  T* out;                // the block's first pixel
+  int64_t out_pixel;     // elements from one output pixel to the next
+  const T* residual;     // laid out as out; null: none
   Activation activation;
   bool stream;  // around the caches
   int live;     // pixels that are stored
-  int part;     // lanes that exist, for kPart
+  int part;     // lanes that are stored
+  int in_part;  // lanes of the input that exist, for a partial load
 };
 
 template <class T>
@@ -90,7 +131,7 @@ template <class T>
   }
 }
 
-template <class T, int kTaps, int kStep, int kCount, bool kPart>
+template <class T, int kTaps, int kStep, int kCount, Load kLoad>
 void filter_block(const FilterBlock<T>& b) {
   using C = compute_t<T>;
   constexpr int kColumns = kTaps == 1 ? kCount : (kCount - 1) * kStep + kTaps;
@@ -100,16 +141,16 @@ void filter_block(const FilterBlock<T>& b) {
   const C* filter = b.filters;
   const T* const in = b.in;
   const int64_t column = b.column, row = b.row, pixel = b.pixel, origin = b.origin;
-  const int part = b.part;
   for (const Run *run = b.runs, *const end = run + b.count; run < end; ++run, filter += kTaps * lanes<C>) {
     vec<C> f[kTaps];
     unrolled<0, kTaps>([&](auto s) CNNOPS_INLINE { f[s.value] = load(filter + s.value * lanes<C>); });
+    const Loader<T, kLoad> get(b, *run);
     int64_t at = run->dh * row + run->dw * pixel;
     const int64_t first = run->first - origin, last = run->last - origin;
     unrolled<0, kColumns>([&](auto w) CNNOPS_INLINE {
       constexpr int kColumn = decltype(w)::value;
       if (kColumn >= first && kColumn < last) {
-        const vec<C> x = load_part<kPart>(in + at, part);
+        const vec<C> x = get(in + at);
         if constexpr (kTaps == 1) {
           sum[kColumn] += x * f[0];
         } else {
@@ -126,7 +167,7 @@ void filter_block(const FilterBlock<T>& b) {
   const int live = b.live;
   const int64_t out_pixel = b.out_pixel;
   T* const out = b.out;
-  if (!kPart && !b.residual && b.activation == Activation::none) {
+  if (!is_part(kLoad) && !b.residual && b.activation == Activation::none) {
     if (b.stream) {
       unrolled<0, kCount>([&](auto j) CNNOPS_INLINE {
         if (j.value < live) store_streaming(out + j.value * out_pixel, sum[j.value]);
@@ -144,7 +185,8 @@ void filter_block(const FilterBlock<T>& b) {
   finish_block(b, finished);
 }
 
-// Widths of blocks: with the taps of a run they fill the registers.
+// Widths of blocks: with the taps of a run they fill the registers. Where inputs are picked there are fewer kernels, to save
+// time of compilation: of the widths that rows of 7 * 2^n pixels need.
 #if CNNOPS_ISA_avx512
 constexpr int kWidths[] = {4, 7, 10, 14};
 #else
@@ -158,23 +200,28 @@ struct FilterKernels {
   using Kernel = void (*)(const FilterBlock<T>&);
   Kernel of[kWidthCount];
 
-  template <int kTaps, int kStep, bool kPart>
+  template <int kTaps, int kStep, Load kLoad>
   void set() {
     unrolled<0, kWidthCount>([&](auto i) CNNOPS_INLINE {
-      of[i.value] = &filter_block<T, kTaps, kStep, kWidths[decltype(i)::value], kPart>;
+      constexpr int kWidth = kWidths[decltype(i)::value], kFew = 7;
+      constexpr int kCount = !is_picked(kLoad) ? kWidth : kWidth <= kFew ? kFew : kMostPixels;
+      of[i.value] = &filter_block<T, kTaps, kStep, kCount, kLoad>;
     });
   }
   // taps: as side_by_side gives them.
-  void choose(int64_t taps, int64_t step, bool part) {
-    if (part) return set<1, 1, true>();
-    switch (taps * 4 + step) {
-      case 3 * 4 + 1: return set<3, 1, false>();
-      case 5 * 4 + 1: return set<5, 1, false>();
-      case 7 * 4 + 1: return set<7, 1, false>();
-      case 3 * 4 + 2: return set<3, 2, false>();
-      case 5 * 4 + 2: return set<5, 2, false>();
-      default: return set<1, 1, false>();
+  template <Load kLoad>
+  void choose(int64_t taps, int64_t step) {
+    if constexpr (!is_part(kLoad)) {
+      switch (taps * 4 + step) {
+        case 2 * 4 + 1: return set<2, 1, kLoad>();
+        case 3 * 4 + 1: return set<3, 1, kLoad>();
+        case 5 * 4 + 1: return set<5, 1, kLoad>();
+        case 7 * 4 + 1: return set<7, 1, kLoad>();
+        case 3 * 4 + 2: return set<3, 2, kLoad>();
+        case 5 * 4 + 2: return set<5, 2, kLoad>();
+      }
     }
+    set<1, 1, kLoad>();
   }
 };
 
@@ -184,7 +231,7 @@ int64_t side_by_side(int64_t width, int64_t step) {
   if (step <= 2)
     for (int64_t taps = step == 1 ? 7 : 5; taps > 1; taps -= 2)
       if (width % taps == 0) return taps;
-  return 1;
+  return step == 1 && width % 2 == 0 ? 2 : 1;
 }
 
 // ---- Gradients of taps -----------------------------------------------------------------------------------------------
@@ -192,7 +239,7 @@ int64_t side_by_side(int64_t width, int64_t step) {
 template <class T>
 struct Correlation {
   using C = compute_t<T>;
-  const T* x;                        // below output pixel (0, 0), tap offset (0, 0)
+  const T* x;                        // below output pixel (0, 0), tap offset (0, 0), the vector's first input channel
   const T* dy;                       // output pixel (0, 0)
   int64_t x_row, x_pixel, x_column;  // elements from one input row, input pixel and column to the next
   int64_t x_step;                    // from the input row of one output row to that of the next
@@ -201,11 +248,12 @@ struct Correlation {
   int64_t columns;              // output pixels of a row
   Ahead next_x, next_dy;        // fetched meanwhile: this is step `now` of `steps`
   int64_t now, steps;
-  int part;
+  const Pick<C>* picks;  // of each input channel of a filter
+  int part, in_part;     // lanes of dy and of x that exist, for a partial load
 };
 
-template <class T, int kTaps, int kStep, int kCount, bool kPart, int kSets, class Sums>
-[[gnu::always_inline]] inline void correlate_block(const Correlation<T>& b, const T* x,
+template <class T, int kTaps, int kStep, int kCount, Load kLoad, int kSets, class Sums>
+[[gnu::always_inline]] inline void correlate_block(const Correlation<T>& b, const Loader<T, kLoad>& get, const T* x,
                                                    const vec<compute_t<T>> (&d)[kCount], int64_t first, int64_t last,
                                                    Sums& sum) {
   using C = compute_t<T>;
@@ -214,7 +262,7 @@ template <class T, int kTaps, int kStep, int kCount, bool kPart, int kSets, clas
   unrolled<0, kColumns>([&](auto w) CNNOPS_INLINE {
     constexpr int kColumn = decltype(w)::value;
     if (kColumn >= first && kColumn < last) {
-      const vec<C> v = load_part<kPart>(x + at, b.part);
+      const vec<C> v = get(x + at);
       if constexpr (kTaps == 1) {
         sum[kColumn % kSets][0] += v * d[kColumn];
       } else {
@@ -236,11 +284,11 @@ struct GradRun {
 
 // sums[run][tap][lane] += the correlation of kRuns runs with output rows [b.first_row, b.last_row). Several runs at once read
 // each row of dy once.
-template <class T, int kTaps, int kStep, bool kPart, int kRuns>
+template <class T, int kTaps, int kStep, Load kLoad, int kRuns>
 void correlate(const Correlation<T>& b, const GradRun* runs, compute_t<T>* sums) {
   using C = compute_t<T>;
   // A sum waits four cycles for the one before it: fewer taps have several sums each.
-  constexpr int kSets = kRuns > 1 ? 1 : kTaps == 1 ? 4 : kTaps == 3 ? 2 : 1;
+  constexpr int kSets = kRuns > 1 ? 1 : kTaps == 1 ? 4 : kTaps <= 3 ? 2 : 1;
   constexpr int kPixels = kTaps == 1 ? 1 : kStep;  // columns from one output pixel to the next
   vec<C> sum[kRuns][kSets][kTaps];
   int64_t offset[kRuns];
@@ -252,6 +300,7 @@ void correlate(const Correlation<T>& b, const GradRun* runs, compute_t<T>* sums)
       unrolled<1, kSets>([&](auto k) CNNOPS_INLINE { sum[kRun][k.value][kTap] = vec<C>{}; });
     });
   });
+  const Loader<T, kLoad> get(b, runs[0].run);
   const Range rows = kRuns == 1 ? runs[0].rows : Range{b.first_row, b.last_row};
   for (int64_t i = max64(b.first_row, rows.first); i < min64(b.last_row, rows.last); ++i) {
     const int64_t now = b.now * (b.last_row - b.first_row) + i - b.first_row;
@@ -259,26 +308,28 @@ void correlate(const Correlation<T>& b, const GradRun* runs, compute_t<T>* sums)
     b.next_dy.fetch(now, b.steps * (b.last_row - b.first_row));
     const T* x = b.x + i * b.x_step;
     const T* dy = b.dy + i * b.dy_row;
-    // The runs of a block differ by their rows alone, so their columns are the first one's.
+    // The runs of a block differ by their rows alone, so their columns and input channel are the first one's.
     int64_t left = b.columns, first = runs[0].run.first, last = runs[0].run.last;
     const auto blocks = [&](auto count) CNNOPS_INLINE {
       constexpr int kCount = decltype(count)::value;
       for (; left >= kCount; left -= kCount) {
         vec<C> d[kCount];
         unrolled<0, kCount>([&](auto j)
-                                CNNOPS_INLINE { d[j.value] = load_part<kPart>(dy + j.value * b.dy_pixel, b.part); });
+                                CNNOPS_INLINE { d[j.value] = load_output<kLoad>(dy + j.value * b.dy_pixel, b.part); });
         unrolled<0, kRuns>([&](auto r) CNNOPS_INLINE {
           constexpr int kRun = decltype(r)::value;
           if (kRuns == 1 || (i >= runs[kRun].rows.first && i < runs[kRun].rows.last))
-            correlate_block<T, kTaps, kStep, kCount, kPart, kSets>(b, x + offset[kRun], d, first, last, sum[kRun]);
+            correlate_block<T, kTaps, kStep, kCount, kLoad, kSets>(b, get, x + offset[kRun], d, first, last, sum[kRun]);
         });
         first -= kCount * kPixels, last -= kCount * kPixels;
         x += kCount * kPixels * b.x_column, dy += kCount * b.dy_pixel;
       }
     };
+    // Nine sums and seven pixels are more than 16 registers hold.
+    constexpr bool kFull = is_picked(kLoad) && kRuns > 1 && kMostPixels == 7;
     if constexpr (kMostPixels > 7) blocks(Constant<kMostPixels>{});
-    blocks(Constant<7>{});
-    blocks(Constant<4>{});
+    if constexpr (!kFull) blocks(Constant<7>{});
+    if constexpr (!is_picked(kLoad) || kFull) blocks(Constant<4>{});
     blocks(Constant<1>{});
   }
   unrolled<0, kRuns>([&](auto r) CNNOPS_INLINE {
@@ -293,18 +344,20 @@ void correlate(const Correlation<T>& b, const GradRun* runs, compute_t<T>* sums)
 template <class T>
 using CorrelateKernel = void (*)(const Correlation<T>&, const GradRun*, compute_t<T>*);
 // For so many taps a run, and `runs` of 1, or of 3 runs of 3 taps that differ by their rows alone.
-template <class T>
-CorrelateKernel<T> correlate_kernel(int64_t taps, int64_t step, int64_t runs, bool part) {
-  if (part) return &correlate<T, 1, 1, true, 1>;
-  if (runs == 3) return step == 1 ? &correlate<T, 3, 1, false, 3> : &correlate<T, 3, 2, false, 3>;
-  switch (taps * 4 + step) {
-    case 3 * 4 + 1: return &correlate<T, 3, 1, false, 1>;
-    case 5 * 4 + 1: return &correlate<T, 5, 1, false, 1>;
-    case 7 * 4 + 1: return &correlate<T, 7, 1, false, 1>;
-    case 3 * 4 + 2: return &correlate<T, 3, 2, false, 1>;
-    case 5 * 4 + 2: return &correlate<T, 5, 2, false, 1>;
-    default: return &correlate<T, 1, 1, false, 1>;
+template <class T, Load kLoad>
+CorrelateKernel<T> correlate_kernel(int64_t taps, int64_t step, int64_t runs) {
+  if constexpr (!is_part(kLoad)) {
+    if (runs == 3) return step == 1 ? &correlate<T, 3, 1, kLoad, 3> : &correlate<T, 3, 2, kLoad, 3>;
+    switch (taps * 4 + step) {
+      case 2 * 4 + 1: return &correlate<T, 2, 1, kLoad, 1>;
+      case 3 * 4 + 1: return &correlate<T, 3, 1, kLoad, 1>;
+      case 5 * 4 + 1: return &correlate<T, 5, 1, kLoad, 1>;
+      case 7 * 4 + 1: return &correlate<T, 7, 1, kLoad, 1>;
+      case 3 * 4 + 2: return &correlate<T, 3, 2, kLoad, 1>;
+      case 5 * 4 + 2: return &correlate<T, 5, 2, kLoad, 1>;
+    }
   }
+  return &correlate<T, 1, 1, kLoad, 1>;
 }
 
 }  // namespace

@@ -320,6 +320,39 @@ template <class V>
   }
 }
 
+// Lane i of the result is lane index[i] of v; or element index[i] of the 2 * lanes elements (a, b).
+template <class V, class I>
+[[gnu::always_inline]] inline V permute(V v, I index) {
+#if CNNOPS_ISA_avx512
+  if constexpr (sizeof(v[0]) == 4)
+    return reinterpret_cast<V>(_mm512_permutexvar_ps(reinterpret_cast<__m512i>(index), reinterpret_cast<__m512>(v)));
+  else
+    return reinterpret_cast<V>(_mm512_permutexvar_pd(reinterpret_cast<__m512i>(index), reinterpret_cast<__m512d>(v)));
+#elif CNNOPS_ISA_avx2
+  if constexpr (sizeof(v[0]) == 8) index = (index * 2 | index << 33) + (int64_t{1} << 32);  // by halves of its lanes
+  return reinterpret_cast<V>(_mm256_permutevar8x32_ps(reinterpret_cast<__m256>(v), reinterpret_cast<__m256i>(index)));
+#else
+  V out;
+  for (unsigned i = 0; i < sizeof(V) / sizeof(v[0]); ++i) out[i] = v[index[i]];
+  return out;
+#endif
+}
+template <class V, class I>
+[[gnu::always_inline]] inline V permute(V a, V b, I index) {
+#if CNNOPS_ISA_avx512
+  if constexpr (sizeof(a[0]) == 4)
+    return reinterpret_cast<V>(_mm512_permutex2var_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512i>(index),
+                                                      reinterpret_cast<__m512>(b)));
+  else
+    return reinterpret_cast<V>(_mm512_permutex2var_pd(reinterpret_cast<__m512d>(a), reinterpret_cast<__m512i>(index),
+                                                      reinterpret_cast<__m512d>(b)));
+#else
+  constexpr int kCount = sizeof(V) / sizeof(a[0]);
+  const I low = index & (kCount - 1);
+  return index < kCount ? permute(a, low) : permute(b, low);
+#endif
+}
+
 template <class V>
 [[gnu::always_inline]] inline V fma(V a, V b, V c) {
   return a * b + c;  // contracted (-ffp-contract=fast) where the instruction set has it

@@ -54,7 +54,7 @@ BatchNormParams parameters(const char* op, Layout layout, const Tensor& x, const
   p.statistics = mean.dtype;
   p.x = x.data;
   p.mean = mean.data, p.var = var.data;
-  p.threads = threads_for(x.numel(), threads);
+  p.threads = threads_for(4 * x.numel(), threads);  // two passes, of several tensors each
   return p;
 }
 

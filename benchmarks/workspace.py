@@ -19,11 +19,11 @@ import torch
 import cnnops
 from cnnops import functional
 from cnnops.bench import suites
+from cnnops.ops._core import POOLED_BYTES
 from cnnops.ops.conv2d import gradients
 
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 PASSES = ("forward", "backward-input", "backward-weight")
-POOLED_BYTES = 1 << 16
 
 
 def measure(line: str, batch: int, layout: str, pass_: str, dtype: torch.dtype) -> dict[str, Any]:

@@ -547,7 +547,21 @@ class LocallyConnected2d(torch.nn.Module):
         return text
 
 
-class ReLU(torch.nn.ReLU):
+class _PooledActivation(torch.nn.Module):
+    """Goes before PyTorch's layer among the bases of a class."""
+
+    _activation: str
+
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return _leaf(self, input)
+        y = None
+        if getattr(self, "approximate", "none") == "none":
+            y = activation_layer(self._activation, input, getattr(self, "inplace", False))
+        return super().forward(input) if y is None else y
+
+
+class ReLU(_PooledActivation, torch.nn.ReLU):
     """``max(x, 0)``: :class:`torch.nn.ReLU`.
 
     Computed by PyTorch; large results and gradients are in pooled memory (:mod:`cnnops.memory`).
@@ -566,14 +580,10 @@ class ReLU(torch.nn.ReLU):
         tensor([0., 0., 8.])
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, Proxy):
-            return _leaf(self, input)
-        y = activation_layer("relu", input, self.inplace)
-        return super().forward(input) if y is None else y
+    _activation = "relu"
 
 
-class ReLU6(torch.nn.ReLU6):
+class ReLU6(_PooledActivation, torch.nn.ReLU6):
     """``min(max(x, 0), 6)``: :class:`torch.nn.ReLU6`.
 
     Computed by PyTorch; large results and gradients are in pooled memory (:mod:`cnnops.memory`).
@@ -592,14 +602,10 @@ class ReLU6(torch.nn.ReLU6):
         tensor([0., 0., 6.])
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, Proxy):
-            return _leaf(self, input)
-        y = activation_layer("relu6", input, self.inplace)
-        return super().forward(input) if y is None else y
+    _activation = "relu6"
 
 
-class SiLU(torch.nn.SiLU):
+class SiLU(_PooledActivation, torch.nn.SiLU):
     """``x * sigmoid(x)``: :class:`torch.nn.SiLU`.
 
     Computed by PyTorch; large results and gradients are in pooled memory (:mod:`cnnops.memory`).
@@ -618,14 +624,10 @@ class SiLU(torch.nn.SiLU):
         tensor([-0.2689,  0.0000,  7.9973])
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, Proxy):
-            return _leaf(self, input)
-        y = activation_layer("silu", input, self.inplace)
-        return super().forward(input) if y is None else y
+    _activation = "silu"
 
 
-class Hardswish(torch.nn.Hardswish):
+class Hardswish(_PooledActivation, torch.nn.Hardswish):
     """``x * min(max(x + 3, 0), 6) / 6``: :class:`torch.nn.Hardswish`.
 
     Computed by PyTorch; large results and gradients are in pooled memory (:mod:`cnnops.memory`).
@@ -644,14 +646,10 @@ class Hardswish(torch.nn.Hardswish):
         tensor([-0.3333,  0.0000,  8.0000])
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, Proxy):
-            return _leaf(self, input)
-        y = activation_layer("hardswish", input, self.inplace)
-        return super().forward(input) if y is None else y
+    _activation = "hardswish"
 
 
-class GELU(torch.nn.GELU):
+class GELU(_PooledActivation, torch.nn.GELU):
     """``x * Phi(x)``, with the normal distribution's cumulative function: :class:`torch.nn.GELU`.
 
     Computed by PyTorch; large results and gradients are in pooled memory (:mod:`cnnops.memory`).
@@ -670,11 +668,7 @@ class GELU(torch.nn.GELU):
         tensor([-0.1587,  0.0000,  8.0000])
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, Proxy):
-            return _leaf(self, input)
-        y = activation_layer("gelu", input, False) if self.approximate == "none" else None
-        return super().forward(input) if y is None else y
+    _activation = "gelu"
 
 
 def _show_activation(activation: str | None) -> str:

@@ -417,7 +417,11 @@ def test_return_indices() -> None:
 
 def test_names() -> None:
     assert cnnops.nn is nn
-    classes = {name for name, kind in vars(nn).items() if isinstance(kind, type) and kind.__module__ == "cnnops.nn"}
+    classes = {
+        name
+        for name, kind in vars(nn).items()
+        if isinstance(kind, type) and kind.__module__ == "cnnops.nn" and name[0] != "_"
+    }
     assert set(nn.__all__) == classes
 
 

@@ -36,7 +36,7 @@ LIBRARY = torch.library.Library("cnnops", "DEF")
 KERNEL_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
-_POOLED_BYTES = 1 << 16
+POOLED_BYTES = 1 << 16
 _DEVICES = ("cpu", "meta", "cuda") if C.cuda_build() else ("cpu", "meta")
 # DLPack's type code and width.
 _DLPACK_TYPES = {
@@ -309,7 +309,7 @@ def dense(t: Tensor, format: torch.memory_format) -> Tensor:
 def empty(shape: Sequence[int], like: Tensor, format: torch.memory_format, dtype: torch.dtype | None = None) -> Tensor:
     """A new tensor for a result; in pooled memory (:mod:`cnnops.memory`) where it is large and real."""
     dtype = dtype or like.dtype
-    if type(like) in _PLAIN_TYPES and like.is_cpu and math.prod(shape) * dtype.itemsize >= _POOLED_BYTES:
+    if type(like) in _PLAIN_TYPES and like.is_cpu and math.prod(shape) * dtype.itemsize >= POOLED_BYTES:
         return C.empty(like, shape, *_DLPACK_TYPES[dtype], format is torch.channels_last)
     return torch.empty(shape, dtype=dtype, device=like.device, memory_format=format)
 
@@ -360,6 +360,7 @@ def prod(values: Sequence[int]) -> int:
 
 
 __all__ = [
+    "POOLED_BYTES",
     "C",
     "Operator",
     "applier",

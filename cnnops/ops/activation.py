@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._core import KERNEL_DTYPES, applier, direct, empty, memory_format
+from ._core import KERNEL_DTYPES, POOLED_BYTES, applier, direct, empty, memory_format
 
-_POOLED_BYTES = 1 << 16
 _aten = torch.ops.aten
 
 
@@ -52,7 +51,7 @@ def activation_layer(name: str, x: Tensor, inplace: bool) -> Tensor | None:
         or not x.is_cpu
         or x.dim() != 4
         or x.dtype not in KERNEL_DTYPES
-        or x.numel() * x.element_size() < _POOLED_BYTES
+        or x.numel() * x.element_size() < POOLED_BYTES
         or not x.is_contiguous(memory_format=memory_format(x))
     ):
         return None
@@ -88,10 +87,11 @@ class _Activation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor, None]:
         (saved,), kind = ctx.saved_tensors, ctx.kind
-        if torch.is_grad_enabled() or type(dy) is not Tensor or not direct():
+        again = torch.is_grad_enabled()
+        if again or type(dy) is not Tensor or not direct():
             with torch.enable_grad():
                 at = saved if saved.requires_grad else saved.detach().requires_grad_()
-                (dx,) = torch.autograd.grad(kind.function(at), at, dy, create_graph=torch.is_grad_enabled())
+                (dx,) = torch.autograd.grad(kind.function(at), at, dy, create_graph=again)
             return None, dx, None
         dx = empty(saved.shape, saved, memory_format(saved))
         kind.backward(dy, saved, *kind.arguments, **{kind.into: dx})

@@ -81,7 +81,6 @@ void forward_of_patches(const Params& p) {
   using C = compute_t<T>;
   const int64_t length = p.c * p.r * p.s, row = locally_connected2d_row(p), positions = p.p * p.q;
   const int64_t filters = positions >= 64 ? p.k : 16, parts = ceil_div(p.k, filters);
-  const int64_t group = min64(p.n, kLocallyConnectedImages);
   const Strides step = strides(p.layout, p.k, p.p, p.q);
   const T *const weight = static_cast<const T*>(p.weight), *const bias = static_cast<const T*>(p.bias);
   T* const y = static_cast<T*>(p.y);
@@ -89,7 +88,7 @@ void forward_of_patches(const Params& p) {
   list_offsets(p, strides(p.layout, p.c, p.h, p.w), offsets.data);
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t unit = 0; unit < positions * parts; ++unit) {
-    C* const patches = static_cast<C*>(p.workspace) + omp_get_thread_num() * group * row;
+    C* const patches = static_cast<C*>(p.workspace) + omp_get_thread_num() * p.n * row;
     const int64_t position = unit / parts, k0 = unit % parts * filters, k1 = min64(k0 + filters, p.k);
     const int64_t pp = position / p.q, qq = position % p.q;
     const T* const own = weight + position * p.k * length;
@@ -97,24 +96,21 @@ void forward_of_patches(const Params& p) {
       if (bias) value += load_scalar(bias[p.bias_per_position ? k * positions + position : k]);
       store_scalar(&y[n * step.n + k * step.c + pp * step.h + qq * step.w], value);
     };
-    const auto tile = [&]<int kFilters, int kImages>(int64_t n0, int64_t n, int64_t k) {
+    const auto tile = [&]<int kFilters, int kImages>(int64_t n, int64_t k) {
       C out[kFilters][kImages];
-      products<kFilters, kImages, T>(own + k * length, length, patches + (n - n0) * row, row, out);
+      products<kFilters, kImages, T>(own + k * length, length, patches + n * row, row, out);
       for (int j = 0; j < kFilters; ++j)
         for (int i = 0; i < kImages; ++i) put(n + i, k + j, out[j][i]);
     };
-    for (int64_t n0 = 0; n0 < p.n; n0 += group) {
-      const int64_t n1 = min64(n0 + group, p.n);
-      for (int64_t n = n0; n < n1; ++n) gather<T>(p, offsets.data, n, pp, qq, patches + (n - n0) * row);
-      int64_t k = k0;
-      for (; k + 2 <= k1; k += 2) {
-        int64_t n = n0;
-        for (; n + 4 <= n1; n += 4) tile.template operator()<2, 4>(n0, n, k);
-        for (; n < n1; ++n) tile.template operator()<2, 1>(n0, n, k);
-      }
-      for (; k < k1; ++k)
-        for (int64_t n = n0; n < n1; ++n) tile.template operator()<1, 1>(n0, n, k);
+    for (int64_t n = 0; n < p.n; ++n) gather<T>(p, offsets.data, n, pp, qq, patches + n * row);
+    int64_t k = k0;
+    for (; k + 2 <= k1; k += 2) {
+      int64_t n = 0;
+      for (; n + 4 <= p.n; n += 4) tile.template operator()<2, 4>(n, k);
+      for (; n < p.n; ++n) tile.template operator()<2, 1>(n, k);
     }
+    for (; k < k1; ++k)
+      for (int64_t n = 0; n < p.n; ++n) tile.template operator()<1, 1>(n, k);
   }
 }
 
@@ -180,6 +176,7 @@ void weight_grad(const Params& p) {
 // Images from which on most lanes of a vector are used.
 template <class C>
 constexpr int64_t kLeast = lanes<C> / 2;
+static_assert(kLeast<float> <= kLocallyConnectedImages);
 // Terms that are added in a register before the sum is added to the sums before it.
 constexpr int64_t kFlush = 256;
 // Elements of a cache line.

@@ -28,8 +28,8 @@ struct LocallyConnected2dParams {
   Launch* launch = nullptr;
 };
 
-// Images that forward multiplies with one reading of a position's filters.
-constexpr int64_t kLocallyConnectedImages = 16;
+// Images from which on no kernel gathers patches for forward.
+constexpr int64_t kLocallyConnectedImages = 8;
 
 static inline int64_t locally_connected2d_row(const LocallyConnected2dParams& p) {
   return round_up(p.c * p.r * p.s, 16);

@@ -155,34 +155,49 @@ void pack_weights(const Problem<T>& g, const Weights<T>& from, const Panels<comp
 
 // ---- Pixels ----------------------------------------------------------------------------------------------------------
 
-// NCHW: panels of kTileColumns pixels, [panel][(channel, tap)][column].
+// NCHW: panels of kTileColumns pixels, [panel][(channel, tap)][column]. Channel after channel, not panel after panel: a
+// channel's rows are read from end to end.
 template <class T>
 void pack_pixels_nchw(const Problem<T>& g, const Run* runs, int64_t run_count, int64_t pixels, int64_t c0, int64_t c1,
                       compute_t<T>* packed) {
   using C = compute_t<T>;
   constexpr int64_t kColumns = kTileColumns<C>;
-  const int64_t channels = c1 - c0, terms = channels * g.lattice.count;
-  for (int64_t r = 0; r < run_count; ++r) {
-    const Run& run = runs[r];
-    C* const panel = packed + run.dst / kColumns * terms * kColumns + run.dst % kColumns;
-    // The last panel's unused columns are computed and thrown away; zeros keep them finite.
-    const int64_t tail = run.dst + run.length == pixels ? round_up(pixels, kColumns) - pixels : 0;
-    for (int64_t t = 0; t < g.lattice.count; ++t) {
-      const Tap& tap = g.taps[t];
-      const int64_t h = run.i * g.lattice.ish + tap.dh, w = run.j * g.lattice.isw + tap.dw;
-      Range valid = valid_range(run.length, g.lattice.isw, w, g.in_w);
+  const int64_t channels = c1 - c0, taps = g.lattice.count, terms = channels * taps, step = g.lattice.isw;
+  struct Piece {
+    int64_t from, to;              // of channel c0's first pixel that is not padding; of the run's first
+    int64_t before, count, after;  // zeros, pixels, zeros
+  } pieces[kBlockPixels + kTileColumns<float>];
+  for (int64_t t = 0; t < taps; ++t) {
+    const Tap& tap = g.taps[t];
+    bool whole = step == 1;  // every run fills a panel
+    for (int64_t r = 0; r < run_count; ++r) {
+      const Run& run = runs[r];
+      const int64_t h = run.i * g.lattice.ish + tap.dh, w = run.j * step + tap.dw;
+      Range valid = valid_range(run.length, step, w, g.in_w);
       if (h < 0 || h >= g.in_h) valid = {0, 0};
-      const T* src = g.input + run.n * g.in.n + c0 * g.in.c + h * g.in.h + w + valid.first * g.lattice.isw;
-      C* dst = panel + t * kColumns;
-      if (valid.first == 0 && valid.last == run.length && tail == 0) {
-        for (int64_t c = 0; c < channels; ++c, src += g.in.c, dst += g.lattice.count * kColumns)
-          copy_run(dst, src, g.lattice.isw, run.length);
+      // The last panel's unused columns are computed and thrown away; zeros keep them finite.
+      const int64_t tail = run.dst + run.length == pixels ? round_up(pixels, kColumns) - pixels : 0;
+      pieces[r] = {run.n * g.in.n + c0 * g.in.c + h * g.in.h + w + valid.first * step,
+                   run.dst / kColumns * terms * kColumns + t * kColumns + run.dst % kColumns, valid.first,
+                   valid.last - valid.first, run.length - valid.last + tail};
+      whole = whole && pieces[r].count == kColumns;
+    }
+    const T* input = g.input;
+    C* to = packed;
+    for (int64_t c = 0; c < channels; ++c, input += g.in.c, to += taps * kColumns) {
+      if (whole) {
+        for (int64_t r = 0; r < run_count; ++r)
+#pragma GCC unroll 4
+          for (int64_t v = 0; v < kColumns; v += lanes<C>)
+            store(to + pieces[r].to + v, load(input + pieces[r].from + v));
         continue;
       }
-      for (int64_t c = 0; c < channels; ++c, src += g.in.c, dst += g.lattice.count * kColumns) {
-        zero_run(dst, valid.first);
-        copy_run(dst + valid.first, src, g.lattice.isw, valid.last - valid.first);
-        zero_run(dst + valid.last, run.length - valid.last + tail);
+      for (int64_t r = 0; r < run_count; ++r) {
+        const Piece& piece = pieces[r];
+        C* const dst = to + piece.to;
+        if (piece.before) zero_run(dst, piece.before);
+        copy_run(dst + piece.before, input + piece.from, step, piece.count);
+        if (piece.after) zero_run(dst + piece.before + piece.count, piece.after);
       }
     }
   }

@@ -203,6 +203,24 @@ void pack_pixels_nchw(const Problem<T>& g, const Run* runs, int64_t run_count, i
   }
 }
 
+// NCHW: the pixels of channels [c0, c1), as far as they are of the first run's image.
+template <class T>
+Ahead next_pixels(const Problem<T>& g, const Run* runs, int64_t run_count, int64_t c0, int64_t c1) {
+  const Lattice& l = g.lattice;
+  const Run& first = runs[0];
+  while (runs[run_count - 1].n != first.n) --run_count;
+  const Run& last = runs[run_count - 1];
+  int64_t begin = g.in_h * g.in_w, end = 0;  // in a channel
+  for (int64_t t = 0; t < l.count; ++t) {
+    begin = min64(begin, (first.i * l.ish + g.taps[t].dh) * g.in_w + first.j * l.isw + g.taps[t].dw);
+    end = max64(end, (last.i * l.ish + g.taps[t].dh) * g.in_w + (last.j + last.length - 1) * l.isw + g.taps[t].dw + 1);
+  }
+  begin = max64(begin, 0), end = min64(end, g.in_h * g.in_w);
+  const T* const pixels = g.input + first.n * g.in.n + c0 * g.in.c + begin;
+  return {reinterpret_cast<const char*>(pixels), begin < end ? c1 - c0 : 0, g.in.c * static_cast<int64_t>(sizeof(T)),
+          (end - begin) * static_cast<int64_t>(sizeof(T))};
+}
+
 // channels_last: [pixel][(tap, channel)].
 template <class T>
 void pack_pixels_nhwc(const Problem<T>& g, const Run* runs, int64_t run_count, int64_t c0, int64_t c1,
@@ -372,12 +390,14 @@ void compute_block(const Problem<T>& g, const Panels<compute_t<T>>& panels, cons
       };
       if (nchw) {
         pack_pixels_nchw(chunk, runs, run_count, pixels, c0, c1, packed);
+        const Ahead next = next_pixels(g, runs, run_count, c1, min64(c1 + g.chunk_channels, g.in_channels));
+        int64_t tile = 0;
         for (int64_t panel = first_panel; panel < last_panel; ++panel) {
           const int64_t m = panels.begin(panel);
-          const PackedRows<C> rows{panel_weights(m, kTileRows)};
           const int row_count = static_cast<int>(min64(kTileRows, m1 - m));
-          for (int64_t at = 0; at < pixels; at += kColumns) {
+          for (int64_t at = 0; at < pixels; at += kColumns, ++tile) {
             const int vecs = static_cast<int>(min64(kTileVecs, ceil_div(pixels - at, lanes<C>)));
+            const PanelRows<C> rows = next.rows_of_tile(tile, terms, panel_weights(m, kTileRows), kTileRows);
             gemm_tile<C>(row_count, vecs, rows, packed + at * terms, kColumns, terms, 1, sums + (m - m0) * pitch + at,
                          pitch, add, kFlush);
           }

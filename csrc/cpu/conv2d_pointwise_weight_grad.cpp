@@ -1,11 +1,10 @@
 // Gradient of 1x1 filters without padding: dw[k][c] = sum over pixels of dy[k] * x[c], one product of two matrices.
 //
 // Tasks are blocks of filters times blocks of channels times slices of the output's rows. A task adds the product of kPixels
-// pixels of both blocks, [pixel][filter] and [pixel][channel], to Z [filter][channel], in register tiles of rows of filters
-// and columns of channels: a panel of channels stays in L1 for all filters. The slices' Z are added in order.
-//
-// Images in channels_last are such matrices. Of others, or with strides, each task copies its pixels, or, where many tasks
-// would copy the same ones, all are gathered beforehand.
+// pixels of both blocks to Z [filter][channel], in register tiles of rows of filters and columns of channels: a panel of
+// channels stays in L1 for all filters. Both are packed as the tiles read them, panels of [pixel][filter] and
+// [pixel][channel]: where they lie, a tile would read a few numbers of each of 128 rows, which may share a set of the cache.
+// The slices' Z are added in order.
 //
 // All cuts depend on shapes alone, so results have the same bits for any number of threads.
 #include <omp.h>
@@ -23,22 +22,24 @@ namespace {
 constexpr int64_t kPixels = 128;                              // with a panel of channels: 24 KB
 constexpr int64_t kFlush = 32;                                // terms of one running sum
 constexpr int64_t kBlockFilters = 256, kBlockChannels = 288;  // of a task: 295 KB of Z
-constexpr int64_t kLeastFilters = 48;                         // smaller blocks would copy the image too often
-constexpr int64_t kAliases = 512;                             // bytes: rows so far apart share few of the 64 sets of L1
+constexpr int64_t kLeastFilters = 48;                         // smaller blocks would pack the image too often
 constexpr int64_t kMostTurned = 64;                           // channels: dw is then stored element by element
-constexpr int64_t kGatherChannels = 64;
-constexpr int64_t kGatherCosts = 3;   // times what a task's copy in its cache costs
 constexpr int64_t kWantedTasks = 16;  // enough to balance a few threads; fixed, so that cuts do not depend on threads
+
+constexpr int64_t kTogether = 8;  // pixels: their channels fit L1
+
+// Filters of a panel: rows of tiles, and blocks of 8 for transpose().
+constexpr int64_t kPanelFilters = kTileRows % 8 == 0 ? kTileRows : 4 * kTileRows;
+// From one panel of filters to the next: an odd number of cache lines, or pixels of all panels would share a set of L1.
+template <class C>
+constexpr int64_t kFilterPanel = kPixels * kPanelFilters + 64 / sizeof(C);
 
 struct Plan {
   int64_t group_c, group_k;
   int64_t channels, filters;  // of a block, at most; channels in whole vectors
   int64_t channel_blocks, filter_blocks, slices;
-  int64_t rows;        // of dy, all images'
-  bool gather;         // the pixels of x and dy, before all tasks
-  bool in_place;       // tasks read pixels where they lie,
-  bool copy_channels;  // all but those of x
-  bool direct;         // dw itself is the one Z
+  int64_t rows;  // of dy, all images'
+  bool direct;   // dw itself is the one Z
 };
 
 template <class T>
@@ -60,12 +61,7 @@ Plan plan_of(const Conv2dParams& p) {
     if (ceil_div(g.group_k, want + 1) < kLeastFilters) break;
   }
   g.slices = min64(ceil_div(kWantedTasks, g.channel_blocks * g.filter_blocks * p.groups), g.slices);
-  constexpr bool plain = __is_same(T, C);
-  const bool matrices = p.layout == Layout::nhwc && p.stride_h == 1 && p.stride_w == 1;
-  g.gather = plain && !matrices && p.c * g.filter_blocks + p.k * g.channel_blocks > kGatherCosts * (p.c + p.k);
-  g.in_place = plain && (matrices || g.gather);
-  g.copy_channels = !g.gather && p.c * static_cast<int64_t>(sizeof(C)) % kAliases == 0;
-  g.direct = plain && g.slices == 1 && g.group_c % lanes<C> == 0 && p.weight_stride[1] == 1;
+  g.direct = __is_same(T, C) && g.slices == 1 && g.group_c % lanes<C> == 0 && p.weight_stride[1] == 1;
   return g;
 }
 
@@ -75,10 +71,24 @@ struct Grid {
   int64_t channel;  // from one channel to the next
 };
 
-// Pixels [q, q + count) of a grid as rows of `pitch`. `line` has room for kPixels pixels of 8 channels.
-template <class T>
-void copy_pixels(const T* from, const Grid& grid, int64_t q, int64_t count, int64_t channels, compute_t<T>* to,
-                 int64_t pitch, compute_t<T>* line) {
+// Channels first .. first + width of a pixel, at to[0], to[width] ... of one pixel after the other.
+template <class C>
+struct Panel {
+  int64_t first, width;
+  C* to;
+};
+
+template <int64_t kWidth, class T>
+[[gnu::always_inline]] inline void copy_whole(compute_t<T>* to, const T* from) {
+  for (int64_t i = 0; i < kWidth; ++i) to[i] = load_scalar(from[i]);
+}
+
+// Packs pixels [q, q + count) of a grid into `panels`, as pixels `at` and on. `line` has room for kPixels pixels of 8
+// channels.
+template <int64_t kWidth, class T>
+void pack(const T* from, const Grid& grid, int64_t q, int64_t count, int64_t channels,
+          const Panel<compute_t<T>>* panels, int64_t panel_count, int64_t at, compute_t<T>* line) {
+  using C = compute_t<T>;
   const bool dense = grid.row == grid.columns * grid.step;  // one long row
   const auto for_rows = [&](auto copy) {                    // copy(first element, first pixel, pixels)
     for (int64_t i = 0; i < count;) {
@@ -89,19 +99,39 @@ void copy_pixels(const T* from, const Grid& grid, int64_t q, int64_t count, int6
     }
   };
   if (grid.channel == 1) {
-    for_rows([&](const T* pixel, int64_t i, int64_t length) {
-      for (int64_t j = 0; j < length; ++j) copy_run(to + (i + j) * pitch, pixel + j * grid.step, 1, channels);
+    for_rows([&](const T* pixels, int64_t i, int64_t length) {
+      for (int64_t j0 = 0; j0 < length; j0 += kTogether, pixels += kTogether * grid.step) {
+        const int64_t together = min64(kTogether, length - j0);
+        for (int64_t index = 0; index < panel_count; ++index) {
+          const Panel<C>& panel = panels[index];
+          const int64_t filled = min64(panel.width, channels - panel.first);
+          const T* pixel = pixels + panel.first;
+          C* to = panel.to + (at + i + j0) * panel.width;
+          if (kWidth && filled == kWidth)
+            for (int64_t j = 0; j < together; ++j, pixel += grid.step, to += kWidth) copy_whole<kWidth>(to, pixel);
+          else
+            for (int64_t j = 0; j < together; ++j, pixel += grid.step, to += panel.width)
+              copy_run(to, pixel, 1, filled);
+        }
+      }
     });
-  } else if (dense && grid.step == 1) {
-    transpose(from + q, grid.channel, channels, count, to, pitch);
-  } else {
-    for (int64_t c = 0; c < channels; c += 8) {
-      const int64_t together = min64(8, channels - c);
+    return;
+  }
+  for (int64_t index = 0; index < panel_count; ++index) {
+    const Panel<C>& panel = panels[index];
+    const int64_t filled = min64(panel.width, channels - panel.first);
+    C* const to = panel.to + at * panel.width;
+    if (dense && grid.step == 1) {
+      transpose(from + panel.first * grid.channel + q, grid.channel, filled, count, to, panel.width);
+      continue;
+    }
+    for (int64_t c = 0; c < filled; c += 8) {
+      const int64_t together = min64(8, filled - c);
       for_rows([&](const T* pixel, int64_t i, int64_t length) {
         for (int64_t j = 0; j < together; ++j)
-          copy_run(line + j * kPixels + i, pixel + (c + j) * grid.channel, grid.step, length);
+          copy_run(line + j * kPixels + i, pixel + (panel.first + c + j) * grid.channel, grid.step, length);
       });
-      transpose(line, kPixels, together, count, to + c, pitch);
+      transpose(line, kPixels, together, count, to + c, panel.width);
     }
   }
 }
@@ -115,33 +145,22 @@ Grid grid_of_dy(const Conv2dParams& p) {
   return {p.q, pixel, p.q * pixel, p.layout == Layout::nchw ? p.p * p.q : 1};
 }
 
-// Copies a grid's pixels of all images, of image_size elements each, to `to`. For all threads of a parallel region.
+// Pixels [q, q + count) of a grid without gaps; of others nothing.
 template <class T>
-void gather(const Conv2dParams& p, const T* from, int64_t image_size, const Grid& grid, int64_t channels,
-            compute_t<T>* to, int64_t pitch, compute_t<T>* line) {
-  const int64_t plane = p.p * p.q, chunks = ceil_div(plane, kPixels), blocks = ceil_div(channels, kGatherChannels);
-#pragma omp for schedule(static)
-  for (int64_t i = 0; i < p.n * blocks * chunks; ++i) {
-    const int64_t n = i / chunks / blocks, c0 = i / chunks % blocks * kGatherChannels, q = i % chunks * kPixels;
-    copy_pixels(from + n * image_size + c0 * grid.channel, grid, q, min64(kPixels, plane - q),
-                min64(kGatherChannels, channels - c0), to + (n * plane + q) * pitch + c0, pitch, line);
-  }
+Ahead ahead_of(const T* from, const Grid& grid, int64_t q, int64_t count, int64_t channels) {
+  constexpr int64_t kSize = sizeof(T);
+  if (grid.row != grid.columns * grid.step) return {};
+  const char* const first = reinterpret_cast<const char*>(from + q * grid.step);
+  if (grid.channel == 1) return {first, count, grid.step * kSize, channels * kSize};
+  return {first, channels, grid.channel * kSize, count * grid.step * kSize};
 }
-
-// [pixel][channel]
-template <class C>
-struct Pixels {
-  const C* data;
-  int64_t pitch;
-};
 
 template <class T>
 struct Task {
   using C = compute_t<T>;
   const Conv2dParams& p;
   const Plan& g;
-  const T *x, *dy;          // image 0, the first channel and filter of the block
-  Pixels<C> all_x, all_dy;  // the same in place
+  const T *x, *dy;  // image 0, the first channel and filter of the block
   int64_t channels, filters;
   C *v, *w, *z;
   int64_t z_pitch;
@@ -149,53 +168,64 @@ struct Task {
   int64_t filled = 0;
   bool add = false;
 
-  void multiply(Pixels<C> in, Pixels<C> grads, int64_t count) {
-    if (count == 0) return;
-    const int64_t vectors = ceil_div(channels, lanes<C>), panels = ceil_div(vectors, kTileVecs);
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      const int64_t first = vectors * panel / panels, last = vectors * (panel + 1) / panels;
-      for (int64_t k = 0; k < filters; k += kTileRows)
-        gemm_tile<C>(static_cast<int>(min64(kTileRows, filters - k)), static_cast<int>(last - first),
-                     ColumnRows<C>{grads.data + k, grads.pitch, 0}, in.data + first * lanes<C>, in.pitch, count, 1,
-                     z + k * z_pitch + first * lanes<C>, z_pitch, add, kFlush);
+  // Of channels, as even as possible, and of filters.
+  int64_t channel_panels = 0, filter_panels = 0;
+  Panel<C> columns[kBlockChannels / lanes<C> + 1] = {}, rows[kBlockFilters / kPanelFilters + 1] = {};
+
+  void cut_into_panels() {
+    const int64_t vectors = ceil_div(channels, lanes<C>);
+    channel_panels = ceil_div(vectors, kTileVecs);
+    for (int64_t i = 0; i < channel_panels; ++i) {
+      const int64_t first = vectors * i / channel_panels, last = vectors * (i + 1) / channel_panels;
+      columns[i] = {first * lanes<C>, (last - first) * lanes<C>, v + first * lanes<C> * kPixels};
     }
+    filter_panels = ceil_div(filters, kPanelFilters);
+    for (int64_t i = 0; i < filter_panels; ++i) rows[i] = {i * kPanelFilters, kPanelFilters, w + i * kFilterPanel<C>};
+  }
+
+  // Meanwhile the next pixels are called from memory.
+  void multiply(const Ahead& next_x, const Ahead& next_dy) {
+    const int64_t x_tiles = next_x.tiles(filled);
+    for (int64_t i = 0, tile = 0; filled > 0 && i < channel_panels; ++i) {
+      const Panel<C>& panel = columns[i];
+      for (int64_t k = 0; k < filters; k += kTileRows, ++tile) {
+        const C* const base = rows[k / kPanelFilters].to + k % kPanelFilters;
+        gemm_tile<C>(static_cast<int>(min64(kTileRows, filters - k)), static_cast<int>(panel.width / lanes<C>),
+                     tile < x_tiles ? next_x.rows_of_tile(tile, filled, base, kPanelFilters)
+                                    : next_dy.rows_of_tile(tile - x_tiles, filled, base, kPanelFilters),
+                     panel.to, panel.width, filled, 1, z + k * z_pitch + panel.first, z_pitch, add, kFlush);
+      }
+    }
+    filled = 0;
     add = true;
   }
 
-  void multiply_copied() {
-    multiply({v, g.channels}, {w, g.filters}, filled);
-    filled = 0;
-  }
-
+  // Output rows [first, last) of all images.
   void run(int64_t first, int64_t last) {
     const Grid x_grid = grid_of_x(p), dy_grid = grid_of_dy(p);
+    cut_into_panels();
+    // Lanes beyond the last channel are computed and thrown away; zeros keep them finite.
+    const Panel<C>& end = columns[channel_panels - 1];
+    for (int64_t i = 0; end.first + end.width > channels && i < kPixels; ++i)
+      zero_run(end.to + i * end.width + channels - end.first, end.first + end.width - channels);
     for (int64_t row = first; row < last;) {
-      const int64_t n = row / p.p, rows = min64(p.p - row % p.p, last - row);
-      for (int64_t q = row % p.p * p.q, end = q + rows * p.q; q < end;) {
-        if (filled == kPixels) multiply_copied();
+      const int64_t n = row / p.p, image_rows = min64(p.p - row % p.p, last - row);
+      for (int64_t q = row % p.p * p.q, end = q + image_rows * p.q; q < end;) {
+        const T* const x_image = x + n * p.c * p.h * p.w;
+        const T* const dy_image = dy + n * p.k * p.p * p.q;
+        if (filled == kPixels) {
+          const int64_t next = min64(kPixels, end - q);
+          multiply(ahead_of(x_image, x_grid, q, next, channels), ahead_of(dy_image, dy_grid, q, next, filters));
+        }
         const int64_t count = min64(kPixels - filled, end - q);
-        copy_pixels(x + n * p.c * p.h * p.w, x_grid, q, count, channels, v + filled * g.channels, g.channels, line);
-        copy_pixels(dy + n * p.k * p.p * p.q, dy_grid, q, count, filters, w + filled * g.filters, g.filters, line);
+        pack<0>(x_image, x_grid, q, count, channels, columns, channel_panels, filled, line);
+        pack<kPanelFilters>(dy_image, dy_grid, q, count, filters, rows, filter_panels, filled, line);
         filled += count;
         q += count;
       }
-      row += rows;
+      row += image_rows;
     }
-    multiply_copied();
-  }
-
-  void run_in_place(int64_t first, int64_t last) {
-    // A vector that ends past the last channel must not end past the last pixel.
-    const int64_t end = g.rows * p.q, safe = channels % lanes<C> == 0 ? end : end - 1;
-    for (int64_t i = first * p.q; i < last * p.q; i += kPixels) {
-      const int64_t count = min64(kPixels, last * p.q - i);
-      Pixels<C> in{all_x.data + i * all_x.pitch, all_x.pitch};
-      if (g.copy_channels || (!g.gather && i + count > safe)) {
-        copy_pixels(in.data, Grid{count, in.pitch, 0, 1}, 0, count, channels, v, g.channels, line);
-        in = {v, g.channels};
-      }
-      multiply(in, {all_dy.data + i * all_dy.pitch, all_dy.pitch}, count);
-    }
+    multiply({}, {});
   }
 };
 
@@ -229,36 +259,17 @@ void weight_grad(const Conv2dParams& given) {
   };
   const auto lay_out = [&](Arena arena, Pieces* pieces) {
     C* const v = arena.take<C>(kPixels * g.channels);
-    C* const w = arena.take<C>(kPixels * g.filters);
+    C* const w = arena.take<C>(ceil_div(g.filters, kPanelFilters) * kFilterPanel<C>);
     C* const line = arena.take<C>(8 * kPixels);
     if (pieces) *pieces = {v, w, line};
     return arena.used;
   };
   const ScratchPieces scratch(p.threads, lay_out(Arena{nullptr}, nullptr));
   Scratch<C> partial(g.direct ? 0 : blocks * g.slices * z_size);
-  // Whole vectors, an odd number of cache lines: see kAliases.
-  const auto gathered_pitch = [](int64_t channels) {
-    const int64_t vectors = ceil_div(channels, lanes<C>);
-    return (vectors + (vectors + 1) % 2) * lanes<C>;
-  };
-  const int64_t pixels = p.n * p.p * p.q;
-  Pixels<C> all_x{static_cast<const C*>(p.x), p.c}, all_dy{static_cast<const C*>(p.y), p.k};
-  if (g.gather) all_x.pitch = gathered_pitch(p.c), all_dy.pitch = gathered_pitch(p.k);
-  Scratch<C> gathered_x(g.gather ? pixels * all_x.pitch : 0), gathered_dy(g.gather ? pixels * all_dy.pitch : 0);
-  if (g.gather) all_x.data = gathered_x.data, all_dy.data = gathered_dy.data;
 #pragma omp parallel num_threads(p.threads)
   {
     Pieces mine;
     lay_out(Arena{static_cast<char*>(scratch.piece(omp_get_thread_num()))}, &mine);
-    // Lanes and rows beyond the last channel and filter are computed and thrown away; zeros keep them finite.
-    zero_run(mine.v, g.in_place && g.group_c % lanes<C> == 0 ? 0 : kPixels * g.channels);
-    zero_run(mine.w, g.in_place ? 0 : kPixels * g.filters);
-    if (g.gather) {
-      gather(p, static_cast<const T*>(p.x), p.c * p.h * p.w, grid_of_x(p), p.c, gathered_x.data, all_x.pitch,
-             mine.line);
-      gather(p, static_cast<const T*>(p.y), p.k * p.p * p.q, grid_of_dy(p), p.k, gathered_dy.data, all_dy.pitch,
-             mine.line);
-    }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t index = 0; index < blocks * g.slices; ++index) {
       const int64_t block = index / g.slices, slice = index % g.slices;
@@ -278,8 +289,6 @@ void weight_grad(const Conv2dParams& given) {
                    g,
                    static_cast<const T*>(p.x) + (group * g.group_c + c0) * (nchw ? p.h * p.w : 1),
                    static_cast<const T*>(p.y) + (group * g.group_k + k0) * (nchw ? p.p * p.q : 1),
-                   {all_x.data + group * g.group_c + c0, all_x.pitch},
-                   {all_dy.data + group * g.group_k + k0, all_dy.pitch},
                    min64(g.channels, g.group_c - c0),
                    min64(g.filters, g.group_k - k0),
                    mine.v,
@@ -287,11 +296,7 @@ void weight_grad(const Conv2dParams& given) {
                    z,
                    z_pitch,
                    mine.line};
-      const int64_t first = g.rows * slice / g.slices, last = g.rows * (slice + 1) / g.slices;
-      if (g.in_place)
-        task.run_in_place(first, last);
-      else
-        task.run(first, last);
+      task.run(g.rows * slice / g.slices, g.rows * (slice + 1) / g.slices);
     }
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < (g.direct ? 0 : blocks * g.filters); ++i) {

@@ -2,10 +2,11 @@
 //
 //   c[i][:] (+)= sum over kk < len of a(i, kk) * b[kk][:]          summed over `runs` such runs, a and b moving on between
 //
-// where a is broadcast and b is a panel of contiguous vectors. Four ways to read `a` serve all passes:
+// where a is broadcast and b is a panel of contiguous vectors. Five ways to read `a` serve all passes:
 //   PackedRows    a(i, kk) = base[kk * kStride + i]       weights packed for NCHW outputs
 //   PitchedRows   a(i, kk) = base[i * pitch + kk]         pixels of channels_last images
 //   ColumnRows    a(i, kk) = base[kk * pitch + i]         the same for weight gradients, whose reduction is over pixels
+//   PanelRows     ColumnRows that meanwhile call something else from memory
 //   OffsetRows    a(i, kk) = base[offset[i] + kk * step]  (tap, channel) pairs of an image strip, for weight gradients
 //
 // The tile is as large as the registers allow: kTileRows * kTileVecs accumulators, kTileVecs loads of b and one broadcast.
@@ -49,12 +50,36 @@ struct ColumnRows {
   [[gnu::always_inline]] C at(int i, int64_t kk) const { return base[kk * pitch + i]; }
 };
 template <class C>
+struct PanelRows {
+  const C* base;
+  int64_t pitch;
+  const char* ahead;  // with each kk a line of the cache is called to L2, ahead_step bytes after the one before
+  int64_t ahead_step;
+  static constexpr int64_t run = 0;
+  [[gnu::always_inline]] C at(int i, int64_t kk) const { return base[kk * pitch + i]; }
+};
+template <class C>
 struct OffsetRows {
   const C* base;
   const int64_t* offset;
   int64_t step;
   int64_t run;  // from one run to the next
   [[gnu::always_inline]] C at(int i, int64_t kk) const { return base[offset[i] + kk * step]; }
+};
+
+// What is packed next: rows of `bytes` bytes, `step` bytes apart. Tiles of `length` terms call it from memory while they
+// work, each a line of the cache of `length` rows.
+struct Ahead {
+  const char* first = nullptr;
+  int64_t rows = 0, step = 0, bytes = 0;
+
+  int64_t lines() const { return (bytes + 63) / 64; }  // of a row
+  int64_t tiles(int64_t length) const { return (rows + length - 1) / length * lines(); }
+  template <class C>
+  PanelRows<C> rows_of_tile(int64_t index, int64_t length, const C* base, int64_t pitch) const {
+    if (index >= tiles(length)) return {base, pitch, reinterpret_cast<const char*>(base), 0};
+    return {base, pitch, first + index / lines() * length * step + index % lines() * 64, step};
+  }
 };
 
 // Where a tile's sums go, [kRows][pitch], and what is added to them first, [kRows][old_pitch], if not null.
@@ -79,6 +104,7 @@ void gemm_tile(Rows a, const C* b, int64_t b_step, int64_t len, int64_t runs, co
     for (int64_t begin = 0; begin < len;) {
       const int64_t end = begin + flush < len ? begin + flush : len;
       for (int64_t kk = begin; kk < end; ++kk, b += b_step) {
+        if constexpr (__is_same(Rows, PanelRows<C>)) __builtin_prefetch(a.ahead + kk * a.ahead_step, 0, 2);
         vec<C> bv[kVecs];
 #pragma GCC unroll 4
         for (int v = 0; v < kVecs; ++v) bv[v] = load(b + v * lanes<C>);

@@ -26,8 +26,10 @@ void conv2d_weight_grad_f16(const Conv2dParams&);
 
 namespace {
 
-constexpr int64_t kTiles = 48;                               // tiles whose products are summed before Z is visited
-constexpr int64_t kFlush = 24;                               // tiles of one running sum
+constexpr int64_t kTiles = 48;  // tiles whose products are summed before Z is visited
+constexpr int64_t kFlush = 24;  // tiles of one running sum,
+constexpr int64_t kFewTerms = 1600,
+                  kShortFlush = 12;  // in channels_last of so few pixels, where PyTorch's sums are short
 constexpr int64_t kBlockFilters = 64, kBlockChannels = 128;  // of a task: 524 KB of Z
 constexpr float kMostFailed = 16;  // the share of the magnitudes that may lie in tiles of too many sizes is 1 / this
 // Enough to balance a few threads, where there is room for the sums; fixed, so that cuts do not depend on threads.
@@ -39,7 +41,8 @@ struct Plan {
   int64_t channel_blocks, filter_blocks, slices;
   int64_t tile_rows, tile_columns, lines;
   int64_t v_step, w_step, z_step;  // from matrix to matrix
-  int64_t strip_rows;              // NCHW: rows of the image that are transposed at a time, at most
+  int64_t flush;
+  int64_t strip_rows;  // NCHW: rows of the image that are transposed at a time, at most
 };
 
 template <class C>
@@ -58,6 +61,7 @@ Plan plan_of(const Conv2dParams& p) {
   // Sums of more slices than these would take more room than the images.
   const int64_t room = p.n * (p.c + p.k) * p.h * p.w / (blocks * kFrequencies * g.channels * g.filters);
   g.slices = min64(min64(ceil_div(kWantedTasks, blocks), g.lines), max64(room, ceil_div(kLeastTasks, blocks)));
+  g.flush = p.layout == Layout::nhwc && p.n * p.h * p.w < kFewTerms ? kShortFlush : kFlush;
   g.v_step = kTiles * g.channels + kPad;
   g.w_step = kTiles * round_up(g.filters, lanes<C>) + kPad;
   g.z_step = g.filters * g.channels + kPad;
@@ -114,7 +118,7 @@ struct Task {
         for (int64_t k = 0; k < filters; k += kTileRows)
           gemm_tile<C>(static_cast<int>(min64(kTileRows, filters - k)), static_cast<int>(last - first),
                        ColumnRows<C>{w + f * g.w_step + k, w_pitch, 0}, v + f * g.v_step + first * lanes<C>, g.channels,
-                       filled, 1, z + f * g.z_step + k * g.channels + first * lanes<C>, g.channels, add, kFlush);
+                       filled, 1, z + f * g.z_step + k * g.channels + first * lanes<C>, g.channels, add, g.flush);
       }
     filled = 0;
     add = true;

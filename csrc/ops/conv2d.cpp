@@ -66,10 +66,13 @@ bool short_rows_winograd_pays(const Conv2dParams& p) {
          p.n * ((p.h + 1) / 2) * ((p.w + 1) / 2) <= kMostTiles;
 }
 
-// Where there are few products to add up, the transforms' roundings would be the larger part of the error.
+// Where there are few products to add up, the transforms' roundings would be the larger part of the error, and above
+// PyTorch's: its error in channels_last is small where images have few rows in all.
 bool winograd_weight_grad_pays(const Conv2dParams& p) {
-  constexpr int64_t kLeastTerms = 1600;
-  return winograd_pays(p) && p.n * p.p * p.q >= kLeastTerms;
+  constexpr int64_t kLeastTerms = 1600, kLeastRows = 112, kLeastTermsNchw = 144;
+  const int64_t terms = p.n * p.p * p.q;
+  if (!winograd_pays(p)) return false;
+  return p.layout == Layout::nchw ? terms >= kLeastTermsNchw : terms >= kLeastTerms || p.n * p.p >= kLeastRows;
 }
 
 bool has_few_channels(const Conv2dParams& p) {

@@ -613,6 +613,7 @@ struct GradPlan {
   int64_t rows;    // output rows of a chunk
   int64_t chunks;  // of all images
   int64_t strip_rows, strip_columns;
+  int64_t pixel_pitch;   // of a strip in channels_last
   int64_t terms;         // channels per group * taps
   int64_t filter_pitch;  // of a partial sum: output channels of a group, in whole vectors
   bool tap_first;        // a block's terms are ordered (tap, channel), as in dw, and not (channel, tap)
@@ -632,6 +633,9 @@ GradPlan plan_weight_grad(const Conv2dParams& p) {
   g.chunks = p.n * ceil_div(p.p, g.rows);
   g.strip_rows = (g.rows - 1) * p.stride_h + (p.r - 1) * p.dilation_h + 1;
   g.strip_columns = (p.q - 1) * p.stride_w + (p.s - 1) * p.dilation_w + 1;
+  // An odd number of cache lines, where rows of pixels an even number apart would share few sets of L1.
+  const bool aliases = g.channels * static_cast<int64_t>(sizeof(C)) % 128 == 0;
+  g.pixel_pitch = g.channels + (aliases ? 64 / static_cast<int64_t>(sizeof(C)) : 0);
   g.terms = group_c * p.r * p.s;
   g.tap_first = p.weight_stride[1] == 1;
   const int64_t tasks = g.channel_blocks * g.filter_blocks * p.groups;
@@ -665,15 +669,15 @@ void copy_strip(const Conv2dParams& p, const GradPlan& g, int64_t n, int64_t row
   }
   for (int64_t i = 0; i < g.strip_rows; ++i) {
     const int64_t h = h0 + i;
-    if (channels == p.c && h >= 0 && h < p.h) {  // the row as it lies
+    if (channels == p.c && g.pixel_pitch == channels && h >= 0 && h < p.h) {  // the row as it lies
       zero_run(strip, valid.first * channels);
       copy_run(strip + valid.first * channels, image + h * in.h + (valid.first - p.pad_w) * in.w, 1,
                (valid.last - valid.first) * channels);
       zero_run(strip + valid.last * channels, (g.strip_columns - valid.last) * channels);
-      strip += g.strip_columns * channels;
+      strip += g.strip_columns * g.pixel_pitch;
       continue;
     }
-    for (int64_t j = 0; j < g.strip_columns; ++j, strip += channels) {
+    for (int64_t j = 0; j < g.strip_columns; ++j, strip += g.pixel_pitch) {
       if (h < 0 || h >= p.h || j < valid.first || j >= valid.last)
         zero_run<C>(strip, channels);
       else
@@ -754,8 +758,8 @@ void weight_grad(const Conv2dParams& p) {
   // Partial sums: [slice][group][term][filter].
   const int64_t group_size = g.terms * g.filter_pitch, slice_size = group_size * p.groups;
   Scratch<C> partial(g.slices * slice_size);
-  const int64_t strip_size = round_up(g.strip_rows * g.strip_columns * g.channels, 64);
-  const int64_t filters_size = round_up(g.rows * p.q * g.filters, 64);
+  const int64_t strip_size = round_up(g.strip_rows * g.strip_columns * g.pixel_pitch, 64);
+  const int64_t filters_size = round_up(g.rows * p.q * kTileColumns<C>, 64);
   const int64_t offset_count = round_up(g.channels * taps, kTileRows);
   Scratch<C> scratch((strip_size + filters_size) * p.threads);
   Scratch<int64_t> offsets(offset_count * p.threads);
@@ -778,7 +782,7 @@ void weight_grad(const Conv2dParams& p) {
       const int64_t k0 = filter_block * g.filters, pitch = min64(g.filters, g.filter_pitch - k0);
       const bool nchw = p.layout == Layout::nchw;
       const int64_t step_c = nchw ? g.strip_rows * g.strip_columns : 1;
-      const int64_t step_w = nchw ? 1 : channels, step_h = g.strip_columns * step_w;
+      const int64_t step_w = nchw ? 1 : g.pixel_pitch, step_h = g.strip_columns * step_w;
       const int64_t terms = channels * taps, flush = nchw ? kNeverFlush : kGradFlush;
       for (int64_t i = 0; i < terms; ++i) {
         const int64_t c = g.tap_first ? i % channels : i / taps, t = g.tap_first ? i / channels : i % taps;
@@ -789,18 +793,19 @@ void weight_grad(const Conv2dParams& p) {
       for (int64_t chunk = first; chunk < last; ++chunk) {
         const int64_t n = chunk / row_chunks, row = chunk % row_chunks * g.rows, rows = min64(g.rows, p.p - row);
         copy_strip<T>(p, g, n, row, group * group_c + c0, channels, strip);
-        copy_filters<T>(p, n, row, rows, group * group_k + k0, min64(pitch, group_k - k0), pitch, filters);
         for (int64_t k = 0; k < pitch; k += kTileColumns<C>) {
           const int vecs = static_cast<int>(min64(kTileVecs, (pitch - k) / lanes<C>));
+          const int64_t width = vecs * lanes<C>;
+          copy_filters<T>(p, n, row, rows, group * group_k + k0 + k, min64(width, group_k - k0 - k), width, filters);
           for (int64_t i = 0; i < terms; i += kTileRows) {
             const int tile_rows = static_cast<int>(min64(kTileRows, terms - i));
             C* const to = sums + i * g.filter_pitch + k;
             if (neighbours(offset + i, tile_rows))
               gemm_tile<C>(tile_rows, vecs, ColumnRows<C>{strip + offset[i], p.stride_w * step_w, p.stride_h * step_h},
-                           filters + k, pitch, p.q, rows, to, g.filter_pitch, chunk > first, flush);
+                           filters, width, p.q, rows, to, g.filter_pitch, chunk > first, flush);
             else
               gemm_tile<C>(tile_rows, vecs, OffsetRows<C>{strip, offset + i, p.stride_w * step_w, p.stride_h * step_h},
-                           filters + k, pitch, p.q, rows, to, g.filter_pitch, chunk > first, flush);
+                           filters, width, p.q, rows, to, g.filter_pitch, chunk > first, flush);
           }
         }
       }

@@ -58,7 +58,8 @@ struct Problem {
   // channels_last, few channels: the taps are rows of so many neighbours, and tiles read them from strips of the image, whose
   // rows lie strip_pitch apart. 0: pixels are packed.
   int64_t filter_columns, strip_pitch;
-  const T* zeros;  // chunk_channels of them
+  const T* zeros;         // chunk_channels of them
+  bool weights_in_place;  // NCHW, one tap: tiles read the weights where they lie
   int64_t length() const { return in_channels * lattice.count; }
   int64_t pixels() const { return images * lattice.rows * lattice.columns; }
   int64_t block_pixels, block_filters;
@@ -374,7 +375,7 @@ void compute_block(const Problem<T>& g, const Panels<compute_t<T>>& panels, cons
   bool add = false;
   for (int64_t c0 = 0; c0 < g.in_channels; c0 += g.chunk_channels) {
     const int64_t c1 = min64(c0 + g.chunk_channels, g.in_channels);
-    if (!weights)
+    if (!weights && !g.weights_in_place)
       pack_weights(g, from, panels, first_panel, last_panel, c0, c1,
                    [&](int64_t panel) { return chunk_weights + (panels.begin(panel) - m0) * (c1 - c0) * l.count; });
     for (int64_t t0 = 0; t0 < l.count; t0 += g.chunk_taps, add = true) {
@@ -397,9 +398,21 @@ void compute_block(const Problem<T>& g, const Panels<compute_t<T>>& panels, cons
           const int row_count = static_cast<int>(min64(kTileRows, m1 - m));
           for (int64_t at = 0; at < pixels; at += kColumns, ++tile) {
             const int vecs = static_cast<int>(min64(kTileVecs, ceil_div(pixels - at, lanes<C>)));
-            const PanelRows<C> rows = next.rows_of_tile(tile, terms, panel_weights(m, kTileRows), kTileRows);
-            gemm_tile<C>(row_count, vecs, rows, packed + at * terms, kColumns, terms, 1, sums + (m - m0) * pitch + at,
-                         pitch, add, kFlush);
+            const auto multiply = [&](const auto& rows) {
+              gemm_tile<C>(row_count, vecs, rows, packed + at * terms, kColumns, terms, 1, sums + (m - m0) * pitch + at,
+                           pitch, add, kFlush);
+            };
+            if constexpr (__is_same(T, C)) {
+              if (g.weights_in_place) {
+                const C* const filters = from.data + m * from.stride_m + c0 * from.stride_c + g.taps[0].weight;
+                if (from.stride_c == 1)
+                  multiply(PitchedRows<C>{filters, from.stride_m});
+                else
+                  multiply(next.rows_of_tile(tile, terms, filters, from.stride_c));
+                continue;
+              }
+            }
+            multiply(next.rows_of_tile(tile, terms, panel_weights(m, kTileRows), kTileRows));
           }
         }
         continue;
@@ -536,7 +549,9 @@ void run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
   // Weights that few blocks of pixels share are packed by each task, chunk by chunk, and never leave its cache.
   const int64_t block_channels = ceil_div(panels.count, filter_blocks) * max64(kTileRows, kTileColumns<C>);
   const int64_t chunk_weights_size = round_up(block_channels * g.chunk_channels * count, 64);
-  const bool pack_all = pixel_blocks > kFewBlocks || chunk_weights_size > kChunkWeights;
+  g.weights_in_place = __is_same(T, C) && p.layout == Layout::nchw && count == 1 && pixel_blocks <= kFewBlocks &&
+                       (all_weights.stride_m == 1 || all_weights.stride_c == 1);
+  const bool pack_all = !g.weights_in_place && (pixel_blocks > kFewBlocks || chunk_weights_size > kChunkWeights);
   Scratch<C> packed_weights(pack_all ? group_weights * p.groups : 0);
   const int64_t pixel_columns = round_up(block_pixels, kTileColumns<C>);
   g.strip_pitch = ((min64(g.lattice.columns, block_pixels) - 1) * g.lattice.isw + g.filter_columns) * g.in_channels;

@@ -126,6 +126,7 @@ Conv2dParams validate(const char* op, const Tensor& x, const Tensor& weight, con
                p.groups, " do not divide ", p.c, " input and ", p.k, " output channels");
   expect_shape(op, {"weight", &weight}, {p.k, p.c / p.groups, p.r, p.s});
   expect_shape(op, {"output", &y}, {p.n, p.k, p.p, p.q});
+  if (p.h * p.w == 1 && p.p * p.q == 1) p.layout = Layout::nhwc;  // it is both, and pixels fill vectors with channels
   p.stride_h = g.stride[0], p.stride_w = g.stride[1];
   p.pad_h = g.padding[0], p.pad_w = g.padding[1];
   p.dilation_h = g.dilation[0], p.dilation_w = g.dilation[1];
@@ -161,8 +162,9 @@ void forward(const Tensor& y, const Tensor& x, const Tensor& weight, const std::
   Conv2dParams p = validate(kOp, x, weight, y, {stride, padding, dilation, groups}, threads, precision);
   p.bias = optional_vector(kOp, "bias", bias, x, p.k);
   if (residual) {
-    p.layout = common_layout(kOp, x.dtype, {{"input", &x}, {"output", &y}, {"residual", &*residual}});
     expect_shape(kOp, {"residual", &*residual}, {p.n, p.k, p.p, p.q});
+    const Layout common = common_layout(kOp, x.dtype, {{"input", &x}, {"output", &y}, {"residual", &*residual}});
+    if (p.h * p.w * p.p * p.q != 1) p.layout = common;
     p.residual = residual->data;
   }
   CNNOPS_CHECK(activation >= 0 && activation <= static_cast<int>(Activation::gelu), std::invalid_argument, kOp,

@@ -6,6 +6,7 @@
 
 #include <omp.h>
 
+#include "cpu/pool_pixels.h"
 #include "cpu/pool_rows.h"
 #include "cpu/simd/stream.h"
 
@@ -205,7 +206,7 @@ void sum_nhwc(T* to, const T* from, const int64_t* at, const compute_t<T>* scale
   const int64_t total = kCount ? kCount : count;
   const auto vectors = [&](int64_t c, int part) {
     vec<C> sum = {};
-#pragma GCC unroll 4
+#pragma GCC unroll 9
     for (int64_t k = 0; k < total; ++k) {
       const vec<C> term = load_n(from + at[k] + c, part);
       if constexpr (kScale) {
@@ -228,6 +229,7 @@ void sum_pixels(T* to, const T* from, const int64_t* at, const compute_t<T>* sca
     case 1: return sum_nhwc<T, 1, kScale>(to, from, at, scale, count, divisor, channels, stream);
     case 2: return sum_nhwc<T, 2, kScale>(to, from, at, scale, count, divisor, channels, stream);
     case 4: return sum_nhwc<T, 4, kScale>(to, from, at, scale, count, divisor, channels, stream);
+    case 9: return sum_nhwc<T, 9, kScale>(to, from, at, scale, count, divisor, channels, stream);
     default: return sum_nhwc<T, 0, kScale>(to, from, at, scale, count, divisor, channels, stream);
   }
 }
@@ -236,6 +238,7 @@ template <class T>
 void forward_nhwc(const AvgPool2dParams& p) {
   using C = compute_t<T>;
   const int64_t cells = min64(p.kernel_h, p.h) * min64(p.kernel_w, p.w);
+  const bool stream = large_output<T>(p.n * p.c * p.h * p.w, p.n * p.c * p.p * p.q);
   const ScratchPieces scratch(p.threads, cells * static_cast<int64_t>(sizeof(int64_t)));
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t row = 0; row < p.n * p.p; ++row) {
@@ -243,15 +246,18 @@ void forward_nhwc(const AvgPool2dParams& p) {
     const int64_t top = row % p.p * p.stride_h - p.pad_h, rows = rows_counted(p, row % p.p);
     const int64_t h0 = max64(top, 0), h1 = min64(top + p.kernel_h, p.h);
     const T* const image = static_cast<const T*>(p.in) + row / p.p * p.h * p.w * p.c;
+    Ahead ahead = rows_of_next_windows(image, row % p.p + 1, p.p, p.stride_h, p.pad_h, p.kernel_h, p.h, p.w * p.c, p.q);
     for (int64_t q = 0; q < p.q; ++q) {
+      ahead.fetch();
       const int64_t left = q * p.stride_w - p.pad_w;
       const int64_t w0 = max64(left, 0), w1 = min64(left + p.kernel_w, p.w);
       int64_t count = 0;
       for (int64_t h = h0; h < h1; ++h)
         for (int64_t w = w0; w < w1; ++w) at[count++] = (h * p.w + w) * p.c;
       sum_pixels<T, false>(static_cast<T*>(p.out) + (row * p.q + q) * p.c, image, at, nullptr, count,
-                           static_cast<C>(rows * columns_counted(p, q)), p.c, false);
+                           static_cast<C>(rows * columns_counted(p, q)), p.c, stream);
     }
+    if (stream) end_streaming();
   }
 }
 

@@ -5,6 +5,7 @@
 
 #include <omp.h>
 
+#include "cpu/pool_pixels.h"
 #include "cpu/pool_rows.h"
 
 namespace cnnops::CNNOPS_ISA {
@@ -21,6 +22,12 @@ template <class C, bool kPick>
 #if CNNOPS_ISA_avx512  // g++ 12 makes vectors of the masks in between
   if constexpr (sizeof(C) == 4) {
     const __m512 now = reinterpret_cast<__m512>(v), then = reinterpret_cast<__m512>(best.value);
+    if constexpr (!kPick) {  // the second of equal zeros, or where either is NaN
+      const __m512 larger = _mm512_max_ps(now, then);
+      best.value =
+          reinterpret_cast<vec<C>>(_mm512_mask_mov_ps(larger, _mm512_cmp_ps_mask(now, now, _CMP_UNORD_Q), now));
+      return;
+    }
     const __mmask16 wins =
         _kor_mask16(_mm512_cmp_ps_mask(now, then, _CMP_GT_OQ), _mm512_cmp_ps_mask(now, now, _CMP_UNORD_Q));
     best.value = reinterpret_cast<vec<C>>(_mm512_mask_mov_ps(then, wins, now));
@@ -29,6 +36,12 @@ template <class C, bool kPick>
           _mm512_mask_mov_epi32(reinterpret_cast<__m512i>(best.choice), wins, reinterpret_cast<__m512i>(choice)));
   } else {
     const __m512d now = reinterpret_cast<__m512d>(v), then = reinterpret_cast<__m512d>(best.value);
+    if constexpr (!kPick) {
+      const __m512d larger = _mm512_max_pd(now, then);
+      best.value =
+          reinterpret_cast<vec<C>>(_mm512_mask_mov_pd(larger, _mm512_cmp_pd_mask(now, now, _CMP_UNORD_Q), now));
+      return;
+    }
     const __mmask8 wins =
         _kor_mask8(_mm512_cmp_pd_mask(now, then, _CMP_GT_OQ), _mm512_cmp_pd_mask(now, now, _CMP_UNORD_Q));
     best.value = reinterpret_cast<vec<C>>(_mm512_mask_mov_pd(then, wins, now));
@@ -249,12 +262,16 @@ void forward_nhwc(const MaxPool2dParams& p) {
   const Windows& v = p.windows;
   const Steps steps(p.mode, v, p.w);
   const int64_t step_h = v.dilation_h * p.w * p.c, step_w = v.dilation_w * p.c;
+  const bool stream = large_output<T>(p.n * p.c * p.h * p.w, p.n * p.c * p.p * p.q);
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t row = 0; row < p.n * p.p; ++row) {
     const int64_t top = row % p.p * v.stride_h - v.pad_h;
     const int64_t r0 = first_tap(top, v.dilation_h), r1 = last_tap(top, v.kernel_h, v.dilation_h, p.h);
     const T* const image = static_cast<const T*>(p.x) + row / p.p * p.h * p.w * p.c;
+    Ahead ahead = rows_of_next_windows(image, row % p.p + 1, p.p, v.stride_h, v.pad_h,
+                                       (v.kernel_h - 1) * v.dilation_h + 1, p.h, p.w * p.c, p.q);
     for (int64_t q = 0; q < p.q; ++q) {
+      ahead.fetch();
       const int64_t left = q * v.stride_w - v.pad_w;
       const int64_t s0 = first_tap(left, v.dilation_w), s1 = last_tap(left, v.kernel_w, v.dilation_w, p.w);
       const bool cells = r0 < r1 && s0 < s1;
@@ -270,20 +287,134 @@ void forward_nhwc(const MaxPool2dParams& p) {
           for (int64_t s = s0; s < s1; ++s, at += step_w, tap += static_cast<I>(steps.column))
             take<C, kPick>(best, load_n(at, part), ivec<C>{} + tap);
         }
-        store_n(static_cast<T*>(p.y) + out + c, best.value, part);
+        store_output(static_cast<T*>(p.y) + out + c, best.value, part, stream);
         if constexpr (kPick) store_choice<C>(p.choice, p.mode, out + c, best.choice, base, part);
       };
       int64_t c = 0;
       for (; c + lanes<C> <= p.c; c += lanes<C>) vectors(c, lanes<C>);
       if (c < p.c) vectors(c, static_cast<int>(p.c - c));
     }
+    if (stream) end_streaming();
+  }
+}
+
+// The best of `taps` cells of a row, `pitch` apart, the first of which is tap `first`; choices are taps.
+template <class T, bool kPick, int kTaps>
+[[gnu::always_inline]] inline void best_across(const T* x, int64_t pitch, int64_t first, int64_t taps, int64_t channels,
+                                               compute_t<T>* values, uint8_t* choices) {
+  using C = compute_t<T>;
+  const int64_t count = kTaps ? kTaps : taps;
+  const auto vectors = [&](int64_t c, int part) __attribute__((always_inline)) {
+    Best<C> best{load_n(x + c, part), ivec<C>{} + static_cast<int_t<C>>(first)};
+#pragma GCC unroll 8
+    for (int64_t s = 1; s < count; ++s)
+      take<C, kPick>(best, load_n(x + s * pitch + c, part), ivec<C>{} + static_cast<int_t<C>>(first + s));
+    store_n(values + c, best.value, part);
+    if constexpr (kPick) store_u8_n<C>(choices + c, best.choice, part);
+  };
+  int64_t c = 0;
+  for (; c + lanes<C> <= channels; c += lanes<C>) vectors(c, lanes<C>);
+  if (c < channels) vectors(c, static_cast<int>(channels - c));
+}
+
+// Windows without dilation that share rows: the best of each window's cells in one row are kept, in L2, until the last of the
+// windows over that row.
+template <class T, bool kPick, int kKernel>
+void forward_nhwc_shared(const MaxPool2dParams& p) {
+  using C = compute_t<T>;
+  using I = int_t<C>;
+  const Windows& v = p.windows;
+  const int64_t kernel = kKernel ? kKernel : v.kernel_h;
+  const Steps steps(p.mode, v, p.w);
+  const bool stream = large_output<T>(p.n * p.c * p.h * p.w, p.n * p.c * p.p * p.q);
+  // Rows are picked, not rounded: how many of them are found twice changes no result, so units may depend on the threads.
+  const int64_t units_each = p.n % p.threads == 0 || p.n >= 4 * p.threads ? 1 : p.threads;
+  const int64_t unit_rows = ceil_div(p.p, units_each), pitch = p.q * p.c;
+
+  struct Piece {
+    C* values;
+    uint8_t* choices;
+    int64_t* row_at;  // of a window's rows
+  };
+  const auto lay_out = [&](Arena arena, int64_t* bytes) {
+    Piece s;
+    s.values = arena.take<C>(kernel * pitch);
+    s.row_at = arena.take<int64_t>(kernel);
+    s.choices = arena.take<uint8_t>(kPick ? kernel * pitch : 0);
+    *bytes = arena.used;
+    return s;
+  };
+  int64_t bytes;
+  lay_out(Arena{nullptr}, &bytes);
+  const ScratchPieces scratch(p.threads, bytes);
+
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t unit = 0; unit < p.n * units_each; ++unit) {
+    int64_t ignored;
+    const Piece s = lay_out(Arena{static_cast<char*>(scratch.piece(omp_get_thread_num()))}, &ignored);
+    const int64_t n = unit / units_each, from = unit % units_each * unit_rows, to = min64(from + unit_rows, p.p);
+    const T* const image = static_cast<const T*>(p.x) + n * p.h * p.w * p.c;
+    const auto across = [&](int64_t h, int64_t q) __attribute__((always_inline)) {
+      const int64_t left = q * v.stride_w - v.pad_w, s0 = max64(-left, 0), s1 = min64(v.kernel_w, p.w - left);
+      const T* const x = image + (h * p.w + left + s0) * p.c;
+      const int64_t at = h % kernel * pitch + q * p.c;
+      if (kKernel && s1 - s0 == kKernel) {
+        best_across<T, kPick, kKernel>(x, p.c, 0, kKernel, p.c, s.values + at, s.choices + at);
+      } else {
+        best_across<T, kPick, 0>(x, p.c, s0, s1 - s0, p.c, s.values + at, s.choices + at);
+      }
+    };
+    int64_t done = 0;  // the rows above are kept, or no longer needed
+    for (int64_t pp = from; pp < to; ++pp) {
+      const int64_t top = pp * v.stride_h - v.pad_h, h0 = max64(top, 0), h1 = min64(top + kernel, p.h);
+      for (int64_t h = max64(done, h0); h + 1 < h1; ++h)
+        for (int64_t q = 0; q < p.q; ++q) across(h, q);
+      const bool last_is_new = done < h1;
+      done = h1;
+      const int64_t rows = h1 - h0;
+      for (int64_t i = 0; i < rows; ++i) s.row_at[i] = (h0 + i) % kernel * pitch;
+      Ahead ahead = rows_of_next_windows(image, pp + 1, to, v.stride_h, v.pad_h, kernel, p.h, p.w * p.c, p.q);
+      for (int64_t q = 0; q < p.q; ++q) {
+        ahead.fetch();
+        if (last_is_new) across(h1 - 1, q);
+        const int64_t out = ((n * p.p + pp) * p.q + q) * p.c;
+        const ivec<C> base = ivec<C>{} + static_cast<I>(top * p.w + q * v.stride_w - v.pad_w);
+        const auto vectors = [&](int64_t c, int part) __attribute__((always_inline)) {
+          const int64_t at = q * p.c + c;
+          const auto choice_of = [&](int64_t i) __attribute__((always_inline)) {
+            ivec<C> choice = {};
+            if constexpr (kPick) {
+              choice = load_u8_n<C>(s.choices + s.row_at[i] + at, part);
+              if (steps.column != 1) choice *= static_cast<I>(steps.column);
+              choice += static_cast<I>((h0 + i - top) * steps.row);
+            }
+            return choice;
+          };
+          Best<C> best{load_n(s.values + s.row_at[0] + at, part), choice_of(0)};
+          for (int64_t i = 1; i < rows; ++i)
+            take<C, kPick>(best, load_n(s.values + s.row_at[i] + at, part), choice_of(i));
+          store_output(static_cast<T*>(p.y) + out + c, best.value, part, stream);
+          if constexpr (kPick) store_choice<C>(p.choice, p.mode, out + c, best.choice, base, part);
+        };
+        int64_t c = 0;
+        for (; c + lanes<C> <= p.c; c += lanes<C>) vectors(c, lanes<C>);
+        if (c < p.c) vectors(c, static_cast<int>(p.c - c));
+      }
+    }
+    if (stream) end_streaming();
   }
 }
 
 template <class T, bool kPick>
 void forward_as(const MaxPool2dParams& p) {
   const Windows& v = p.windows;
-  if (p.layout == Layout::nhwc) return forward_nhwc<T, kPick>(p);
+  if (p.layout == Layout::nhwc) {
+    const bool share = v.stride_h < v.kernel_h && v.dilation_h == 1 && v.dilation_w == 1 && v.kernel_w <= kNoOffset;
+    if (!share) return forward_nhwc<T, kPick>(p);
+    if (v.kernel_h == 3 && v.kernel_w == 3) return forward_nhwc_shared<T, kPick, 3>(p);
+    if (v.kernel_h == 5 && v.kernel_w == 5) return forward_nhwc_shared<T, kPick, 5>(p);
+    return forward_nhwc_shared<T, kPick, 0>(p);
+  }
   if (v.kernel_h >= 4 && v.stride_h > (v.kernel_h - 1) * v.dilation_h) return forward_nchw_tall<T, kPick>(p);
   if (p.windows.kernel_w == 2) return forward_nchw<T, kPick, 2>(p);
   if (p.windows.kernel_w == 3) return forward_nchw<T, kPick, 3>(p);

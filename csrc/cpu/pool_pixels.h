@@ -1,0 +1,45 @@
+// Rows of NHWC images for pooling: what the next rows of windows will read is fetched while the current one is worked on.
+// The cells of a window lie in several rows, and hardware follows that many short streams late.
+#pragma once
+
+#include "cpu/simd/stream.h"
+
+namespace cnnops::CNNOPS_ISA {
+namespace {
+
+constexpr int64_t kCacheLine = 64;
+
+// Whether to write a pooling's result around the caches: where it and the image do not fit there together.
+template <class T>
+bool large_output(int64_t in, int64_t out) {
+  constexpr auto size = static_cast<int64_t>(sizeof(T));
+  return out * size >= kLargeProduct && (in + out) * size >= kLargeImage;
+}
+
+// Bytes to have in L2 soon, fetched in equal shares.
+class Ahead {
+ public:
+  // In `shares` calls of fetch().
+  Ahead(const void* from, int64_t bytes, int64_t shares)
+      : at_(static_cast<const char*>(from)), end_(at_ + bytes), share_(round_up(ceil_div(bytes, shares), kCacheLine)) {}
+  void fetch() {
+    const char* const to = share_ < end_ - at_ ? at_ + share_ : end_;
+    for (; at_ < to; at_ += kCacheLine) __builtin_prefetch(at_, 0, 2);
+  }
+
+ private:
+  const char *at_, *end_;
+  int64_t share_;
+};
+
+// The rows of an image that the windows of output row `pp` reach and those above do not, of `row_bytes` each.
+template <class T>
+Ahead rows_of_next_windows(const T* image, int64_t pp, int64_t outputs, int64_t stride, int64_t pad, int64_t reach,
+                           int64_t h, int64_t row_elements, int64_t shares) {
+  const int64_t from = min64(max64((pp - 1) * stride - pad + reach, 0), h);
+  const int64_t to = pp < outputs ? min64(max64(pp * stride - pad + reach, from), h) : from;
+  return Ahead(image + from * row_elements, (to - from) * row_elements * static_cast<int64_t>(sizeof(T)), shares);
+}
+
+}  // namespace
+}  // namespace cnnops::CNNOPS_ISA

@@ -5,6 +5,7 @@
 
 #include <omp.h>
 
+#include "cpu/pool_pixels.h"
 #include "cpu/pool_rows.h"
 
 namespace cnnops::CNNOPS_ISA {
@@ -34,6 +35,23 @@ void forward_nchw(const AdaptiveAvgPool2dParams& p) {
   }
 }
 
+// The mean of a window's cells, kVectors vectors of channels.
+template <class T, int kVectors>
+[[gnu::always_inline]] inline void mean_nhwc(const AdaptiveAvgPool2dParams& p, const T* image, int64_t h0, int64_t h1,
+                                             int64_t w0, int64_t w1, T* y, int64_t c, int part) {
+  using C = compute_t<T>;
+  vec<C> sums[kVectors] = {};
+  for (int64_t h = h0; h < h1; ++h)
+    for (int64_t w = w0; w < w1; ++w) {
+      const T* const x = image + (h * p.w + w) * p.c + c;
+#pragma GCC unroll 8
+      for (int k = 0; k < kVectors; ++k) sums[k] += load_n(x + k * lanes<C>, part);
+    }
+#pragma GCC unroll 8
+  for (int k = 0; k < kVectors; ++k)
+    store_n(y + c + k * lanes<C>, sums[k] / static_cast<C>((h1 - h0) * (w1 - w0)), part);
+}
+
 template <class T>
 void forward_nhwc(const AdaptiveAvgPool2dParams& p) {
   using C = compute_t<T>;
@@ -41,16 +59,14 @@ void forward_nhwc(const AdaptiveAvgPool2dParams& p) {
   for (int64_t row = 0; row < p.n * p.p; ++row) {
     const T* const image = static_cast<const T*>(p.in) + row / p.p * p.h * p.w * p.c;
     const int64_t h0 = adaptive_start(row % p.p, p.h, p.p), h1 = adaptive_end(row % p.p, p.h, p.p);
+    Ahead ahead = next_adaptive_rows(image, row % p.p, p.p, p.h, p.w * p.c, p.q);
     for (int64_t q = 0; q < p.q; ++q) {
       const int64_t w0 = adaptive_start(q, p.w, p.q), w1 = adaptive_end(q, p.w, p.q);
       T* const y = static_cast<T*>(p.out) + (row * p.q + q) * p.c;
-      for (int64_t c = 0; c < p.c; c += lanes<C>) {
-        const int part = part_of<C>(c, p.c);
-        vec<C> sum = {};
-        for (int64_t h = h0; h < h1; ++h)
-          for (int64_t w = w0; w < w1; ++w) sum += load_n(image + (h * p.w + w) * p.c + c, part);
-        store_n(y + c, sum / static_cast<C>((h1 - h0) * (w1 - w0)), part);
-      }
+      ahead.fetch();
+      int64_t c = 0;
+      for (; c + 8 * lanes<C> <= p.c; c += 8 * lanes<C>) mean_nhwc<T, 8>(p, image, h0, h1, w0, w1, y, c, lanes<C>);
+      for (; c < p.c; c += lanes<C>) mean_nhwc<T, 1>(p, image, h0, h1, w0, w1, y, c, part_of<C>(c, p.c));
     }
   }
 }

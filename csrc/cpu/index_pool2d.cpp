@@ -6,6 +6,7 @@
 
 #include <omp.h>
 
+#include "cpu/pool_pixels.h"
 #include "cpu/pool_rows.h"
 #include "cpu/simd/stream.h"
 
@@ -394,8 +395,39 @@ void pixel_nhwc(T* dx, const T* dy, const void* choice, int64_t choice_at, const
   if (c < channels) vectors(c, static_cast<int>(channels - c));
 }
 
+// Pixels side by side, all of whose kKernel columns of windows lie in the image (stride and dilation 1): kPixels at a time,
+// so that most of what is loaded serves several. Of the `rows` rows of windows, row i lies at at[i] in dy and choice, and
+// chooses a pixel by its taps from chosen[i] on.
+template <class T, int kKernel, int kPixels>
+void pixels_nhwc(T* dx, const T* dy, const uint8_t* choice, const int64_t* at, const int64_t* chosen, int64_t rows,
+                 int64_t channels, bool stream) {
+  using C = compute_t<T>;
+  const auto vectors = [&](int64_t c) __attribute__((always_inline)) {
+    vec<C> sums[kPixels] = {};
+    for (int64_t i = 0; i < rows; ++i) {
+      const T* const g_at = dy + at[i] + c;
+      const uint8_t* const choice_at = choice + at[i] + c;
+      const int less = static_cast<int>(chosen[i]);
+#pragma GCC unroll 16
+      for (int j = 0; j < kKernel + kPixels - 1; ++j) {
+        const LaneBytes<C> bytes(choice_at + j * channels, less);
+        const vec<C> g = load(g_at + j * channels);
+#pragma GCC unroll 8
+        for (int k = 0; k < kPixels; ++k) {
+          const int tap = kKernel - 1 + k - j;
+          if (tap >= 0 && tap < kKernel) sums[k] = bytes.add_where(tap, sums[k], g);
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int k = 0; k < kPixels; ++k) store_output(dx + k * channels + c, sums[k], lanes<C>, stream);
+  };
+  for (int64_t c = 0; c < channels; c += lanes<C>) vectors(min64(c, channels - lanes<C>));
+}
+
 template <class T, bool kIndices>
 void backward_nhwc(const IndexPool2dParams& p) {
+  using C = compute_t<T>;
   const bool stream = p.n * p.c * p.h * p.w * static_cast<int64_t>(sizeof(T)) >= kLargeImage;
   const Windows& v = p.windows;
   const int64_t reach_h = (v.kernel_h - 1) * v.dilation_h + 1, reach_w = (v.kernel_w - 1) * v.dilation_w + 1;
@@ -434,13 +466,46 @@ void backward_nhwc(const IndexPool2dParams& p) {
         s.offset_h[i] = i % v.dilation_h == 0 ? i / v.dilation_h * v.kernel_w : kNone;
       for (int64_t i = 0; i < reach_w; ++i) s.offset_w[i] = i % v.dilation_w == 0 ? i / v.dilation_w : kNone;
     }
+    const bool square = !kIndices && v.kernel_h == v.kernel_w && v.stride_h == 1 && v.stride_w == 1 &&
+                        v.dilation_h == 1 && v.dilation_w == 1 && p.c >= lanes<C>;
+    const bool three = square && v.kernel_w == 3, five = square && v.kernel_w == 5;
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < p.n * p.h; ++row) {
       const int64_t h = row % p.h, image = row / p.h * p.p * p.q * p.c;
       const T* const dy = static_cast<const T*>(p.in) + image;
       const int64_t p0 = p.adaptive ? adaptive_first(h, p.h, p.p) : first_window(h, v.pad_h, reach_h, v.stride_h);
       const int64_t p1 = p.adaptive ? adaptive_last(h, p.h, p.p) : last_window(h, v.pad_h, v.stride_h, p.p);
+      int64_t row_at[5], row_chosen[5];
+      if (three || five)
+        for (int64_t pp = p0; pp < p1; ++pp) {
+          row_at[pp - p0] = pp * p.q * p.c;
+          row_chosen[pp - p0] = (h + v.pad_h - pp) * v.kernel_w;
+        }
+      // Of the windows, those that the next row of dx is the first to reach.
+      const int64_t next = min64(p1 + 1, p.p), next_at = p1 * p.q * p.c, next_size = (next - p1) * p.q * p.c;
+      const bool fetches = !kIndices && !p.adaptive;
+      Ahead ahead(dy + next_at, fetches ? next_size * static_cast<int64_t>(sizeof(T)) : 0, p.w);
+      Ahead ahead_choice(static_cast<const uint8_t*>(p.choice) + image + next_at, fetches ? next_size : 0, p.w);
       for (int64_t w = 0; w < p.w; ++w) {
+        ahead.fetch();
+        ahead_choice.fetch();
+        if constexpr (!kIndices) {
+          constexpr int64_t kPixels = 4;
+          // Pixels all of whose columns of windows lie in the image; the last four may overlap others.
+          const int64_t end = min64(p.w, p.q - v.pad_w);
+          if ((three || five) && w == max64(v.kernel_w - 1 - v.pad_w, 0) && end - w >= kPixels) {
+            for (; w < end; w += kPixels) {
+              const int64_t first = min64(w, end - kPixels), q0 = first + v.pad_w - (v.kernel_w - 1);
+              (three ? pixels_nhwc<T, 3, kPixels>
+                     : pixels_nhwc<T, 5, kPixels>)(static_cast<T*>(p.out) + (row * p.w + first) * p.c, dy + q0 * p.c,
+                                                   static_cast<const uint8_t*>(p.choice) + image + q0 * p.c, row_at,
+                                                   row_chosen, p1 - p0, p.c, stream);
+              for (int64_t k = 0; k < kPixels; ++k) ahead.fetch(), ahead_choice.fetch();
+            }
+            w = end - 1;
+            continue;
+          }
+        }
         int64_t count = 0;
         for (int64_t pp = p0; pp < p1; ++pp)
           for (int64_t q = s.q0[w]; q < s.q1[w]; ++q) {

@@ -12,51 +12,6 @@ namespace cnnops::CNNOPS_ISA {
 namespace {
 
 template <class C>
-struct Best {
-  vec<C> value;
-  ivec<C> choice;
-};
-
-template <class C, bool kPick>
-[[gnu::always_inline]] inline void take(Best<C>& best, vec<C> v, ivec<C> choice) {
-#if CNNOPS_ISA_avx512  // g++ 12 makes vectors of the masks in between
-  if constexpr (sizeof(C) == 4) {
-    const __m512 now = reinterpret_cast<__m512>(v), then = reinterpret_cast<__m512>(best.value);
-    if constexpr (!kPick) {  // the second of equal zeros, or where either is NaN
-      const __m512 larger = _mm512_max_ps(now, then);
-      best.value =
-          reinterpret_cast<vec<C>>(_mm512_mask_mov_ps(larger, _mm512_cmp_ps_mask(now, now, _CMP_UNORD_Q), now));
-      return;
-    }
-    const __mmask16 wins =
-        _kor_mask16(_mm512_cmp_ps_mask(now, then, _CMP_GT_OQ), _mm512_cmp_ps_mask(now, now, _CMP_UNORD_Q));
-    best.value = reinterpret_cast<vec<C>>(_mm512_mask_mov_ps(then, wins, now));
-    if constexpr (kPick)
-      best.choice = reinterpret_cast<ivec<C>>(
-          _mm512_mask_mov_epi32(reinterpret_cast<__m512i>(best.choice), wins, reinterpret_cast<__m512i>(choice)));
-  } else {
-    const __m512d now = reinterpret_cast<__m512d>(v), then = reinterpret_cast<__m512d>(best.value);
-    if constexpr (!kPick) {
-      const __m512d larger = _mm512_max_pd(now, then);
-      best.value =
-          reinterpret_cast<vec<C>>(_mm512_mask_mov_pd(larger, _mm512_cmp_pd_mask(now, now, _CMP_UNORD_Q), now));
-      return;
-    }
-    const __mmask8 wins =
-        _kor_mask8(_mm512_cmp_pd_mask(now, then, _CMP_GT_OQ), _mm512_cmp_pd_mask(now, now, _CMP_UNORD_Q));
-    best.value = reinterpret_cast<vec<C>>(_mm512_mask_mov_pd(then, wins, now));
-    if constexpr (kPick)
-      best.choice = reinterpret_cast<ivec<C>>(
-          _mm512_mask_mov_epi64(reinterpret_cast<__m512i>(best.choice), wins, reinterpret_cast<__m512i>(choice)));
-  }
-#else
-  const ivec<C> wins = (v > best.value) | (v != v);
-  best.value = wins ? v : best.value;
-  if constexpr (kPick) best.choice = wins ? choice : best.choice;
-#endif
-}
-
-template <class C>
 inline ivec<C> load_choice(const int_t<C>* p) {
   return *reinterpret_cast<const ivec<C>*>(p);
 }

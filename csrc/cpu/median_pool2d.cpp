@@ -7,6 +7,7 @@
 
 #include <omp.h>
 
+#include "cpu/pool_pixels.h"
 #include "cpu/pool_rows.h"
 
 namespace cnnops::CNNOPS_ISA {
@@ -53,6 +54,53 @@ template <class C, int kCount, int kHeld = (kCount - 1) / 2 + 2, int kNext = kHe
   } else {
     v[0] = v[kNext];
     return median_of<C, kCount, kHeld - 1, kNext + 1>(v);
+  }
+}
+
+template <class C, int kCount>
+[[gnu::always_inline]] inline void sort(vec<C>* v) {
+  static_assert(kCount == 2 || kCount == 3 || kCount == 5);
+  if constexpr (kCount == 2) {
+    order<C>(v[0], v[1]);
+  } else if constexpr (kCount == 3) {
+    order<C>(v[0], v[1]), order<C>(v[1], v[2]), order<C>(v[0], v[1]);
+  } else {
+    order<C>(v[0], v[3]), order<C>(v[1], v[4]), order<C>(v[0], v[2]), order<C>(v[1], v[3]), order<C>(v[0], v[1]);
+    order<C>(v[2], v[4]), order<C>(v[1], v[2]), order<C>(v[3], v[4]), order<C>(v[2], v[3]);
+  }
+}
+// Moves kLow of the smallest of v[0..kCount) to the front and kHigh of the largest to the back.
+template <class C, int kCount, int kLow, int kHigh>
+[[gnu::always_inline]] inline void part(vec<C>* v) {
+#pragma GCC unroll 4
+  for (int k = 0; k < kLow; ++k)
+#pragma GCC unroll 4
+    for (int i = k + 1; i < kCount; ++i) order<C>(v[k], v[i]);
+#pragma GCC unroll 4
+  for (int k = kCount - 1; k >= kCount - kHigh; --k)
+#pragma GCC unroll 4
+    for (int i = kLow; i < k; ++i) order<C>(v[i], v[k]);
+}
+template <class C>
+[[gnu::always_inline]] inline vec<C> middle(vec<C> a, vec<C> b, vec<C> c) {
+  return max_of(min_of(a, b), min_of(max_of(a, b), c));
+}
+// The median (the lower middle of 4) of kSide sorted columns of as many values, v[rank][column]. With the ranks put in order
+// along the columns too, the element at (i, j) is at least (i + 1)(j + 1) of 25, itself among them, and at most
+// (5 - i)(5 - j) of them: that leaves 13 that may be the median, and it is theirs.
+template <class C, int kSide>
+[[gnu::always_inline]] inline vec<C> median_of_sorted(vec<C> (*v)[kSide]) {
+  if constexpr (kSide == 2) {
+    return min_of(max_of(v[0][0], v[0][1]), min_of(v[1][0], v[1][1]));
+  } else if constexpr (kSide == 3) {
+    const vec<C> low = max_of(max_of(v[0][0], v[0][1]), v[0][2]), high = min_of(min_of(v[2][0], v[2][1]), v[2][2]);
+    return middle<C>(low, middle<C>(v[1][0], v[1][1], v[1][2]), high);
+  } else {
+    part<C, 5, 3, 0>(v[0]), part<C, 5, 2, 0>(v[1]), part<C, 5, 1, 1>(v[2]);
+    part<C, 5, 0, 2>(v[3]), part<C, 5, 0, 3>(v[4]);
+    vec<C> left[13] = {v[0][3], v[0][4], v[1][2], v[1][3], v[1][4], v[2][1], v[2][2],
+                       v[2][3], v[3][0], v[3][1], v[3][2], v[4][0], v[4][1]};
+    return median_of<C, 13>(left);
   }
 }
 
@@ -286,6 +334,105 @@ void forward_nhwc(const MedianPool2dParams& p) {
   }
 }
 
+// Square windows of 2, 3 or 5 cells a side that lie inside the image: the columns of a row of windows are sorted one after the
+// other, in a ring in L1, and each serves the windows it is part of. Those at the border are filled up to whole windows.
+template <class T, bool kPick, int kSide>
+void forward_nhwc_sorted(const MedianPool2dParams& p) {
+  using C = compute_t<T>;
+  using I = int_t<C>;
+  constexpr int kCells = kSide * kSide;
+  const Windows& v = p.windows;
+  const Steps steps(p.mode, v, p.w);
+  const bool stream = large_output<T>(p.n * p.c * p.h * p.w, p.n * p.c * p.p * p.q);
+  const int64_t reach_h = (kSide - 1) * v.dilation_h + 1, reach_w = (kSide - 1) * v.dilation_w + 1;
+  const int64_t pitch = round_up(p.c, lanes<C>), column = (kSide + 1) * pitch;  // the ranks, and where there is a NaN
+  const ScratchPieces scratch(p.threads, reach_w * column * static_cast<int64_t>(sizeof(C)));
+
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t row = 0; row < p.n * p.p; ++row) {
+    C* const ring = static_cast<C*>(scratch.piece(omp_get_thread_num()));
+    const int64_t pp = row % p.p, top = pp * v.stride_h - v.pad_h;
+    const T* const image = static_cast<const T*>(p.x) + row / p.p * p.h * p.w * p.c;
+    const bool rows_inside = top >= 0 && top + reach_h <= p.h;
+    Ahead ahead = rows_of_next_windows(image, pp + 1, p.p, v.stride_h, v.pad_h, reach_h, p.h, p.w * p.c, p.q);
+    int64_t sorted = 0, slot = 0;  // columns before `sorted` are, or are not needed; the next one's slot
+    for (int64_t q = 0; q < p.q; ++q) {
+      ahead.fetch();
+      const int64_t left = q * v.stride_w - v.pad_w, out = (row * p.q + q) * p.c;
+      const ivec<C> base = ivec<C>{} + static_cast<I>(top * p.w + left);
+      const auto finish = [&](int64_t c, int part, vec<C> median, ivec<C> nan, const Cell* cells,
+                              int count) __attribute__((always_inline)) {
+        if (count == 0) median = set1(kNan<C>);
+        median = nan ? set1(kNan<C>) : median;
+        store_output(static_cast<T*>(p.y) + out + c, median, part, stream);
+        if constexpr (kPick) {
+          ivec<C> choice = ivec<C>{} - 1;
+          for (int i = count - 1; i >= 0; --i) {
+            const vec<C> cell = load_n(image + cells[i].at + c, part);
+            choice = (cell == median) | (nan & (cell != cell)) ? ivec<C>{} + static_cast<I>(cells[i].step) : choice;
+          }
+          store_choice<C>(p.choice, p.mode, out + c, choice, base, part);
+        }
+      };
+      Cell cells[kCells];
+      if (rows_inside && left >= 0 && left + reach_w <= p.w) {
+        if constexpr (kPick) list_cells(p, steps, pp, q, p.c, cells);
+        if (sorted < left) sorted = left;
+        for (; sorted < left + reach_w; ++sorted) {
+          C* const to = ring + slot * column;
+          slot = slot + 1 == reach_w ? 0 : slot + 1;
+          const T* const x = image + (top * p.w + sorted) * p.c;
+          for (int64_t c = 0; c < p.c; c += lanes<C>) {
+            const int part = part_of<C>(c, p.c);
+            vec<C> values[kSide];
+            ivec<C> nan = {};
+#pragma GCC unroll 5
+            for (int r = 0; r < kSide; ++r) {
+              values[r] = load_n(x + r * v.dilation_h * p.w * p.c + c, part);
+              nan |= values[r] != values[r];
+            }
+            sort<C, kSide>(values);
+#pragma GCC unroll 5
+            for (int r = 0; r < kSide; ++r) store(to + r * pitch + c, values[r]);
+            store(to + kSide * pitch + c, reinterpret_cast<vec<C>>(nan));
+          }
+        }
+        const C* columns[kSide];  // the ring's next slot is the leftmost column's
+        for (int t = 0; t < kSide; ++t) {
+          const int64_t at = slot + t * v.dilation_w;
+          columns[t] = ring + (at >= reach_w ? at - reach_w : at) * column;
+        }
+        for (int64_t c = 0; c < p.c; c += lanes<C>) {
+          vec<C> values[kSide][kSide];
+          ivec<C> nan = {};
+#pragma GCC unroll 5
+          for (int t = 0; t < kSide; ++t) {
+#pragma GCC unroll 5
+            for (int r = 0; r < kSide; ++r) values[r][t] = load(columns[t] + r * pitch + c);
+            nan |= reinterpret_cast<ivec<C>>(load(columns[t] + kSide * pitch + c));
+          }
+          finish(c, part_of<C>(c, p.c), median_of_sorted<C, kSide>(values), nan, cells, kCells);
+        }
+      } else {
+        const int count = static_cast<int>(list_cells(p, steps, pp, q, p.c, cells));
+        const int lows = kCells / 2 - (count - 1) / 2;  // -Infs wanted
+        for (int64_t c = 0; c < p.c; c += lanes<C>) {
+          const int part = part_of<C>(c, p.c);
+          vec<C> values[kCells | 1];
+          ivec<C> nan = {};
+          for (int i = 0; i < count; ++i) {
+            values[i] = load_n(image + cells[i].at + c, part);
+            nan |= values[i] != values[i];
+          }
+          for (int i = count; i < (kCells | 1); ++i) values[i] = set1(i - count < lows ? kLowest<C> : kHighest<C>);
+          finish(c, part, median_of<C, (kCells | 1)>(values), nan, cells, count);
+        }
+      }
+    }
+    if (stream) end_streaming();
+  }
+}
+
 // Large windows, either layout: one window at a time.
 template <class T>
 void forward_large(const MedianPool2dParams& p) {
@@ -343,7 +490,14 @@ template <class T, bool kPick>
 void forward_as(const MedianPool2dParams& p) {
   const Windows& v = p.windows;
   if (v.kernel_h > kMostVectors || v.kernel_h * v.kernel_w > kMostVectors) return forward_large<T>(p);
-  if (p.layout == Layout::nhwc) return forward_nhwc<T, kPick>(p);
+  if (p.layout == Layout::nhwc) {
+    if (v.kernel_h == v.kernel_w && v.stride_w <= v.kernel_w) {
+      if (v.kernel_w == 2) return forward_nhwc_sorted<T, kPick, 2>(p);
+      if (v.kernel_w == 3) return forward_nhwc_sorted<T, kPick, 3>(p);
+      if (v.kernel_w == 5) return forward_nhwc_sorted<T, kPick, 5>(p);
+    }
+    return forward_nhwc<T, kPick>(p);
+  }
   if (v.kernel_h == 2 && v.kernel_w == 2) return forward_nchw<T, kPick, 2, 2>(p);
   if (v.kernel_h == 3 && v.kernel_w == 3) return forward_nchw<T, kPick, 3, 3>(p);
   if (v.kernel_h == 5 && v.kernel_w == 5) return forward_nchw<T, kPick, 5, 5>(p);

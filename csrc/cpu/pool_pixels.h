@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/simd/stream.h"
+#include "ops/pool2d.h"
 
 namespace cnnops::CNNOPS_ISA {
 namespace {
@@ -39,6 +40,17 @@ Ahead rows_of_next_windows(const T* image, int64_t pp, int64_t outputs, int64_t 
   const int64_t from = min64(max64((pp - 1) * stride - pad + reach, 0), h);
   const int64_t to = pp < outputs ? min64(max64(pp * stride - pad + reach, from), h) : from;
   return Ahead(image + from * row_elements, (to - from) * row_elements * static_cast<int64_t>(sizeof(T)), shares);
+}
+
+// What the row of adaptive windows after `pp` reaches first, as much of it as L2 has room for.
+template <class T>
+Ahead next_adaptive_rows(const T* image, int64_t pp, int64_t outputs, int64_t h, int64_t row_elements, int64_t shares) {
+  constexpr int64_t kRoom = 512 << 10;
+  const int64_t end = adaptive_end(pp, h, outputs);
+  const int64_t from = pp + 1 < outputs ? max64(adaptive_start(pp + 1, h, outputs), end) : h;
+  const int64_t to = pp + 1 < outputs ? adaptive_end(pp + 1, h, outputs) : h;
+  return Ahead(image + from * row_elements, min64((to - from) * row_elements * static_cast<int64_t>(sizeof(T)), kRoom),
+               shares);
 }
 
 }  // namespace

@@ -72,6 +72,53 @@ static inline int64_t rows_per_unit(int64_t planes, int64_t rows) {
 template <class C>
 constexpr C kLowest = -static_cast<C>(__builtin_inff());
 
+// The best value so far in each lane, and which it was.
+template <class C>
+struct Best {
+  vec<C> value;
+  ivec<C> choice;
+};
+
+// Takes v where it is larger than the best, or NaN.
+template <class C, bool kPick>
+[[gnu::always_inline]] inline void take(Best<C>& best, vec<C> v, ivec<C> choice) {
+#if CNNOPS_ISA_avx512  // g++ 12 makes vectors of the masks in between
+  if constexpr (sizeof(C) == 4) {
+    const __m512 now = reinterpret_cast<__m512>(v), then = reinterpret_cast<__m512>(best.value);
+    if constexpr (!kPick) {  // the second of equal zeros, or where either is NaN
+      const __m512 larger = _mm512_max_ps(now, then);
+      best.value =
+          reinterpret_cast<vec<C>>(_mm512_mask_mov_ps(larger, _mm512_cmp_ps_mask(now, now, _CMP_UNORD_Q), now));
+      return;
+    }
+    const __mmask16 wins =
+        _kor_mask16(_mm512_cmp_ps_mask(now, then, _CMP_GT_OQ), _mm512_cmp_ps_mask(now, now, _CMP_UNORD_Q));
+    best.value = reinterpret_cast<vec<C>>(_mm512_mask_mov_ps(then, wins, now));
+    if constexpr (kPick)
+      best.choice = reinterpret_cast<ivec<C>>(
+          _mm512_mask_mov_epi32(reinterpret_cast<__m512i>(best.choice), wins, reinterpret_cast<__m512i>(choice)));
+  } else {
+    const __m512d now = reinterpret_cast<__m512d>(v), then = reinterpret_cast<__m512d>(best.value);
+    if constexpr (!kPick) {
+      const __m512d larger = _mm512_max_pd(now, then);
+      best.value =
+          reinterpret_cast<vec<C>>(_mm512_mask_mov_pd(larger, _mm512_cmp_pd_mask(now, now, _CMP_UNORD_Q), now));
+      return;
+    }
+    const __mmask8 wins =
+        _kor_mask8(_mm512_cmp_pd_mask(now, then, _CMP_GT_OQ), _mm512_cmp_pd_mask(now, now, _CMP_UNORD_Q));
+    best.value = reinterpret_cast<vec<C>>(_mm512_mask_mov_pd(then, wins, now));
+    if constexpr (kPick)
+      best.choice = reinterpret_cast<ivec<C>>(
+          _mm512_mask_mov_epi64(reinterpret_cast<__m512i>(best.choice), wins, reinterpret_cast<__m512i>(choice)));
+  }
+#else
+  const ivec<C> wins = (v > best.value) | (v != v);
+  best.value = wins ? v : best.value;
+  if constexpr (kPick) best.choice = wins ? choice : best.choice;
+#endif
+}
+
 // The last vector of a row of q windows is partial; it is still computed whole.
 template <class C>
 inline int part_of(int64_t q, int64_t count) {

@@ -7,6 +7,7 @@
 
 #include "cpu/pool_pixels.h"
 #include "cpu/pool_rows.h"
+#include "cpu/pool_tall.h"
 
 namespace cnnops::CNNOPS_ISA {
 namespace {
@@ -155,55 +156,52 @@ void forward_nchw(const MaxPool2dParams& p) {
   }
 }
 
-// Rows of tall windows that no other row of windows shares: first the best of each column, along whole rows of the image, then
-// the best of those, where of equal values in two columns the upper is first.
+// Rows of tall windows that no other row of windows shares.
 template <class T, bool kPick>
 void forward_nchw_tall(const MaxPool2dParams& p) {
   using C = compute_t<T>;
   using I = int_t<C>;
   const Windows& v = p.windows;
-  const int64_t width = round_up(p.w, lanes<C>);
-  const ScratchPieces scratch(p.threads, 2 * width * static_cast<int64_t>(sizeof(C)));
-#pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (int64_t row = 0; row < p.n * p.c * p.p; ++row) {
-    C* const values = static_cast<C*>(scratch.piece(omp_get_thread_num()));
-    I* const rows = reinterpret_cast<I*>(values + width);
-    const T* const x = static_cast<const T*>(p.x) + row / p.p * p.h * p.w;
-    const int64_t top = row % p.p * v.stride_h - v.pad_h;
-    const int64_t r0 = first_tap(top, v.dilation_h), r1 = last_tap(top, v.kernel_h, v.dilation_h, p.h);
-    for (int64_t w = 0; w < p.w && r0 < r1; w += lanes<C>) {
-      const int part = part_of<C>(w, p.w);
-      const T* at = x + (top + r0 * v.dilation_h) * p.w + w;
-      Best<C> best{load_n(at, part), ivec<C>{} + static_cast<I>(r0)};
-      for (int64_t r = r0 + 1; r < r1; ++r)
-        take<C, true>(best, load_n(at += v.dilation_h * p.w, part), ivec<C>{} + static_cast<I>(r));
-      store(values + w, best.value);
-      store_choice_row<C>(rows + w, best.choice);
-    }
+  const Steps steps(p.mode, v, p.w);
+  const int64_t unit_rows = rows_per_unit(p.n * p.c, p.p), units_each = ceil_div(p.p, unit_rows);
+  const int64_t most = min64(v.kernel_w, ceil_div(p.w, v.dilation_w));
+  Arena measured{nullptr};
+  const TallWindows<C> sizes(measured, p.w, p.q, most);
+  const ScratchPieces scratch(p.threads, measured.used);
+#pragma omp parallel num_threads(p.threads)
+  {
+    Arena arena{static_cast<char*>(scratch.piece(omp_get_thread_num()))};
+    TallWindows<C> windows(arena, p.w, p.q, most);
+    windows.clear();
     for (int64_t q = 0; q < p.q; ++q) {
-      const int64_t left = q * v.stride_w - v.pad_w;
-      const int64_t s0 = first_tap(left, v.dilation_w), s1 = last_tap(left, v.kernel_w, v.dilation_w, p.w);
-      const bool any = r0 < r1 && s0 < s1;
-      const C* const value_at = values + left;
-      const I* const row_at = rows + left;
-      int64_t s = s0;
-      C best = any ? value_at[s0 * v.dilation_w] : kLowest<C>;
-      I best_row = any ? row_at[s0 * v.dilation_w] : 0;
-      for (int64_t t = s0 + 1; t < s1 && any; ++t) {
-        const C now = value_at[t * v.dilation_w];
-        const I now_row = row_at[t * v.dilation_w];
-        const bool wins =
-            now != now ? best == best || now_row >= best_row : now > best || (now == best && now_row < best_row);
-        if (wins) best = now, best_row = now_row, s = t;
-      }
-      const int64_t out = row * p.q + q;
-      store_scalar(static_cast<T*>(p.y) + out, best);
-      if constexpr (kPick) {
-        if (p.mode == Choice::offsets) {
-          static_cast<uint8_t*>(p.choice)[out] = any ? static_cast<uint8_t>(best_row * v.kernel_w + s) : kNoOffset;
-        } else {
-          static_cast<int64_t*>(p.choice)[out] =
-              any ? (top + best_row * v.dilation_h) * p.w + left + s * v.dilation_w : kNoIndex;
+      const int64_t left = q * v.stride_w - v.pad_w, tap = first_tap(left, v.dilation_w);
+      windows.set(q, last_tap(left, v.kernel_w, v.dilation_w, p.w) - tap, left + tap * v.dilation_w, v.dilation_w, tap);
+    }
+#pragma omp for schedule(static)
+    for (int64_t unit = 0; unit < p.n * p.c * units_each; ++unit) {
+      const int64_t plane = unit / units_each, from = unit % units_each * unit_rows, to = min64(from + unit_rows, p.p);
+      const T* const x = static_cast<const T*>(p.x) + plane * p.h * p.w;
+      for (int64_t i = from; i < to + 2; ++i) {
+        if (i < to) {
+          const int64_t top = i * v.stride_h - v.pad_h, r0 = first_tap(top, v.dilation_h);
+          const int64_t r1 = last_tap(top, v.kernel_h, v.dilation_h, p.h);
+          if (r0 < r1) windows.read(i % 2, x + (top + r0 * v.dilation_h) * p.w, v.dilation_h * p.w, r0, r1);
+        }
+        if (i - 1 >= from && i - 1 < to) windows.pick((i - 1) % 2);
+        if (i - 2 < from) continue;
+        const int64_t pp = i - 2, top = pp * v.stride_h - v.pad_h, out = (plane * p.p + pp) * p.q;
+        const bool rows = first_tap(top, v.dilation_h) < last_tap(top, v.kernel_h, v.dilation_h, p.h);
+        for (int64_t q = 0; q < p.q; q += lanes<C>) {
+          const auto best = windows.at(pp % 2, q);
+          const ivec<C> none = rows ? best.tap < 0 : ivec<C>{} - 1;
+          const int part = part_of<C>(q, p.q);
+          store_n(static_cast<T*>(p.y) + out + q, none ? set1(kLowest<C>) : best.value, part);
+          if constexpr (kPick) {
+            const ivec<C> choice = best.row * static_cast<I>(steps.row) + best.tap * static_cast<I>(steps.column);
+            const ivec<C> base =
+                iota<ivec<C>>() * static_cast<I>(v.stride_w) + static_cast<I>(top * p.w + q * v.stride_w - v.pad_w);
+            store_choice<C>(p.choice, p.mode, out + q, choice | none, base, part);
+          }
         }
       }
     }

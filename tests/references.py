@@ -195,6 +195,8 @@ MANY_PLANES, MANY_TALL_PLANES = (1, 64, 9, 21), (1, 64, 61, 40)
 
 
 ADAPTIVE_SIZES = ((1, 1), (2, 3), (4, 4), (5, 7), (20, 20))
+# Channels for several vectors at once of every type and instruction set, and a tail.
+MANY_CHANNELS = (1, 149, 8, 9)
 
 
 def pick_input(shape: tuple[int, ...], dtype: torch.dtype, format: str) -> Tensor:
@@ -242,7 +244,7 @@ def _max_pool2d_forward() -> Iterator[Callable]:
         return run_pick(C.max_pool2d_forward, x, y, indices, mode, pool, format, row)
 
     for format in FORMATS:
-        for shape in (*PICK_SHAPES, MANY_TALL_PLANES):
+        for shape in (*PICK_SHAPES, MANY_TALL_PLANES, MANY_CHANNELS):
             for pool in PICK_POOLS:
                 for mode in ("none", "offsets", "indices"):
                     yield partial(run, format=format, shape=shape, pool=pool, mode=mode)
@@ -259,7 +261,7 @@ def _adaptive_max_pool2d_forward() -> Iterator[Callable]:
         return Check(torch.cat([y.double(), indices.double()]), torch.cat([expected, index.double()]))
 
     for format in FORMATS:
-        for shape in PICK_SHAPES:
+        for shape in (*PICK_SHAPES, MANY_CHANNELS):
             for size in ADAPTIVE_SIZES:
                 yield partial(run, format=format, shape=shape, size=size)
 

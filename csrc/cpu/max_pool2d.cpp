@@ -216,15 +216,15 @@ void forward_nhwc(const MaxPool2dParams& p) {
   const Steps steps(p.mode, v, p.w);
   const int64_t step_h = v.dilation_h * p.w * p.c, step_w = v.dilation_w * p.c;
   const bool stream = large_output<T>(p.n * p.c * p.h * p.w, p.n * p.c * p.p * p.q);
+  const int64_t shares_each = v.kernel_h * ceil_div(p.c, 4 * lanes<C>);  // a row of a window at a time
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t row = 0; row < p.n * p.p; ++row) {
     const int64_t top = row % p.p * v.stride_h - v.pad_h;
     const int64_t r0 = first_tap(top, v.dilation_h), r1 = last_tap(top, v.kernel_h, v.dilation_h, p.h);
     const T* const image = static_cast<const T*>(p.x) + row / p.p * p.h * p.w * p.c;
     Ahead ahead = rows_of_next_windows(image, row % p.p + 1, p.p, v.stride_h, v.pad_h,
-                                       (v.kernel_h - 1) * v.dilation_h + 1, p.h, p.w * p.c, p.q);
+                                       (v.kernel_h - 1) * v.dilation_h + 1, p.h, p.w * p.c, p.q * shares_each);
     for (int64_t q = 0; q < p.q; ++q) {
-      ahead.fetch();
       const int64_t left = q * v.stride_w - v.pad_w;
       const int64_t s0 = first_tap(left, v.dilation_w), s1 = last_tap(left, v.kernel_w, v.dilation_w, p.w);
       const bool cells = r0 < r1 && s0 < s1;
@@ -232,20 +232,32 @@ void forward_nhwc(const MaxPool2dParams& p) {
       const T* const corner = image + ((top + r0 * v.dilation_h) * p.w + left + s0 * v.dilation_w) * p.c;
       const I first = cells ? static_cast<I>(r0 * steps.row + s0 * steps.column) : -1;
       const ivec<C> base = ivec<C>{} + static_cast<I>(top * p.w + left);
-      const auto vectors = [&](int64_t c, int part) __attribute__((always_inline)) {
-        Best<C> best{set1(kLowest<C>), ivec<C>{} + first};
+      // Several vectors at once, since the cells of a window lie far apart.
+      const auto vectors = [&](auto at_once, int64_t c, int part) __attribute__((always_inline)) {
+        constexpr int kVectors = decltype(at_once)::value;
+        Best<C> best[kVectors];
+#pragma GCC unroll 4
+        for (int k = 0; k < kVectors; ++k) best[k] = {set1(kLowest<C>), ivec<C>{} + first};
         for (int64_t r = r0; r < r1; ++r) {
           const T* at = corner + (r - r0) * step_h + c;
           I tap = static_cast<I>(r * steps.row + s0 * steps.column);
-          for (int64_t s = s0; s < s1; ++s, at += step_w, tap += static_cast<I>(steps.column))
-            take<C, kPick>(best, load_n(at, part), ivec<C>{} + tap);
+          ahead.fetch();
+          for (int64_t s = s0; s < s1; ++s, at += step_w, tap += static_cast<I>(steps.column)) {
+#pragma GCC unroll 4
+            for (int k = 0; k < kVectors; ++k)
+              take<C, kPick>(best[k], load_n(at + k * lanes<C>, part), ivec<C>{} + tap);
+          }
         }
-        store_output(static_cast<T*>(p.y) + out + c, best.value, part, stream);
-        if constexpr (kPick) store_choice<C>(p.choice, p.mode, out + c, best.choice, base, part);
+#pragma GCC unroll 4
+        for (int k = 0; k < kVectors; ++k) {
+          const int64_t to = out + c + k * lanes<C>;
+          store_output(static_cast<T*>(p.y) + to, best[k].value, part, stream);
+          if constexpr (kPick) store_choice<C>(p.choice, p.mode, to, best[k].choice, base, part);
+        }
       };
       int64_t c = 0;
-      for (; c + lanes<C> <= p.c; c += lanes<C>) vectors(c, lanes<C>);
-      if (c < p.c) vectors(c, static_cast<int>(p.c - c));
+      for (; c + 4 * lanes<C> <= p.c; c += 4 * lanes<C>) vectors(std::integral_constant<int, 4>{}, c, lanes<C>);
+      for (; c < p.c; c += lanes<C>) vectors(std::integral_constant<int, 1>{}, c, part_of<C>(c, p.c));
     }
     if (stream) end_streaming();
   }

@@ -1,5 +1,6 @@
 #include "ops/adaptive_max_pool2d.h"
 
+#include "common/scratch.h"
 #include "ops/pool2d_args.h"
 
 namespace cnnops {
@@ -47,9 +48,15 @@ PyObject* forward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
       const bool narrow = !indices && kernel[0] * kernel[1] <= kNoOffset;
       if (grad || indices) choose(narrow ? DType::u8 : DType::i64);
       max_pool2d_forward(y, choice, x, kernel, kernel, {0, 0}, {1, 1}, static_cast<int>(threads), kSelect);
-    } else {
-      choose(DType::i64);  // which its kernels always write
+    } else if (grad || indices) {
+      choose(DType::i64);
       forward(y, *choice, x, static_cast<int>(threads), kSelect);
+    } else {  // the kernels write indices in any case
+      const Scratch<int64_t> memory(y.numel());
+      Tensor unwanted = y;
+      unwanted.dtype = DType::i64;
+      unwanted.data = memory.data;
+      forward(y, unwanted, x, static_cast<int>(threads), kSelect);
     }
     if (!grad && !indices) return made.release().ptr();
     const std::optional<Pair> windows = even ? std::optional(kernel) : std::nullopt;

@@ -15,8 +15,10 @@ activations: list[str]
 compiler: str
 
 def adaptive_avg_pool2d_backward(dx: Tensor, dy: Tensor, threads: int, kernel: int = -1) -> None: ...
+def adaptive_avg_pool2d_backward_direct(dy: Tensor, h: int, w: int, channels_last: bool, threads: int) -> Any: ...
 def adaptive_avg_pool2d_direct(x: Tensor, output_size: Any, grad: bool, threads: int) -> Any: ...
 def adaptive_avg_pool2d_forward(y: Tensor, x: Tensor, threads: int, kernel: int = -1) -> None: ...
+def adaptive_max_pool2d_direct(x: Tensor, output_size: Any, return_indices: bool, grad: bool, threads: int) -> Any: ...
 def adaptive_max_pool2d_forward(y: Tensor, indices: Tensor, x: Tensor, threads: int, kernel: int = -1) -> None: ...
 def avg_pool2d_backward(
     dx: Tensor,
@@ -33,10 +35,12 @@ def avg_pool2d_backward_direct(
     dy: Tensor,
     h: int,
     w: int,
-    kernel_size: Any,
+    kernel: Any,
     stride: Any,
     padding: Any,
+    ceil_mode: bool,
     count_include_pad: bool,
+    divisor: int,
     channels_last: bool,
     threads: int,
 ) -> Any: ...
@@ -83,6 +87,8 @@ def batch_norm_backward(
 def batch_norm_backward_direct(
     dy: Tensor,
     x: Tensor,
+    y: Tensor | None,
+    residual: Tensor | None,
     mean: Tensor,
     var: Tensor,
     weight: Tensor | None,
@@ -90,9 +96,7 @@ def batch_norm_backward_direct(
     training: bool,
     eps: float,
     activation: int,
-    want_dx: bool,
-    want_dweight: bool,
-    want_dbias: bool,
+    wants: list[bool],
     threads: int,
 ) -> Any: ...
 def batch_norm_direct(
@@ -101,6 +105,7 @@ def batch_norm_direct(
     running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
     training: bool,
     momentum: float,
     eps: float,
@@ -144,6 +149,7 @@ def conv2d_direct(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    residual: Tensor | None,
     stride: Any,
     padding: Any,
     dilation: Any,
@@ -193,6 +199,33 @@ def conv2d_weight_grad(
     precision: int = 0,
     kernel: int = -1,
 ) -> None: ...
+def conv_transpose2d_backward_direct(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    want_dx: bool,
+    want_dw: bool,
+    want_db: bool,
+    threads: int,
+    precision: int,
+) -> Any: ...
+def conv_transpose2d_direct(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    output_padding: Any,
+    groups: int,
+    dilation: Any,
+    grad: bool,
+    threads: int,
+    precision: int,
+) -> Any: ...
 def cuda_build() -> Any: ...
 def empty(like: object, shape: Sequence[int], code: int, bits: int, channels_last: bool) -> Any: ...
 def index_pool2d_backward(
@@ -207,7 +240,7 @@ def index_pool2d_backward(
     kernel: int = -1,
 ) -> None: ...
 def index_pool2d_backward_direct(
-    dy: Tensor, choice: Tensor, h: int, w: int, kernel_size: Any, stride: Any, padding: Any, dilation: Any, threads: int
+    dy: Tensor, choice: Tensor, h: int, w: int, kernel: Any, stride: Any, padding: Any, dilation: Any, threads: int
 ) -> Any: ...
 def index_pool2d_gather(
     dy: Tensor,
@@ -255,7 +288,15 @@ def locally_connected2d_weight_grad(
     kernel: int = -1,
 ) -> None: ...
 def max_pool2d_direct(
-    x: Tensor, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool, grad: bool, threads: int
+    x: Tensor,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    ceil_mode: bool,
+    return_indices: bool,
+    grad: bool,
+    threads: int,
 ) -> Any: ...
 def max_pool2d_forward(
     y: Tensor,
@@ -286,3 +327,5 @@ def omp_max_threads() -> int: ...
 def peak_fma(y: Tensor, x: Tensor, a: float, b: float, iterations: int, threads: int, kernel: int = -1) -> None: ...
 def set_isa_limit(level: str) -> None: ...
 def set_plain_types(tensor: object, parameter: object) -> None: ...
+def set_watched(questions: Sequence[object]) -> None: ...
+def undisturbed() -> bool: ...

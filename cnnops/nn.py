@@ -29,7 +29,7 @@ from torch.nn import Parameter
 
 from . import functional as CF
 from .ops._activation import index as _check_activation
-from .ops._core import pair
+from .ops._core import POOLED_BYTES, is_compiling, pair
 from .ops._padding import resolve
 from .ops.activation import activation_layer
 
@@ -555,10 +555,14 @@ class _PooledActivation(torch.nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
             return _leaf(self, input)
-        y = None
-        if getattr(self, "approximate", "none") == "none":
-            y = activation_layer(self._activation, input, getattr(self, "inplace", False))
-        return super().forward(input) if y is None else y
+        # For a small image even to look further would take longer than the layer.
+        if type(input) is Tensor and not is_compiling() and input.numel() * input.element_size() >= POOLED_BYTES:
+            y = None
+            if getattr(self, "approximate", "none") == "none":
+                y = activation_layer(self._activation, input, getattr(self, "inplace", False))
+            if y is not None:
+                return y
+        return super().forward(input)
 
 
 class ReLU(_PooledActivation, torch.nn.ReLU):

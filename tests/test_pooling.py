@@ -255,10 +255,33 @@ def test_gradcheck_where_offsets_do_not_fit_a_byte(pool: Callable):
 @pytest.mark.parametrize("pool", [cf.max_pool2d, cf.median_pool2d], ids=lambda f: f.__name__)
 def test_training_saves_one_byte_per_window(pool: Callable):
     saved: list[Tensor] = []
-    x = image((2, 3, 8, 8), torch.float32).requires_grad_()
+    x = image((2, 3, 96, 96), torch.float32).requires_grad_()  # what few windows chose is kept elsewhere
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         y = pool(x, 3, 2, 1)
     assert [(t.dtype, t.shape) for t in saved] == [(torch.uint8, y.shape)]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("side", [8, 96])
+@pytest.mark.parametrize("indices", [False, True])
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("max_pool2d", (3, 2, 1)), *(("adaptive_max_pool2d", (size,)) for size in (1, 4, 5, (8, None)))],
+    ids=str,
+)
+def test_a_maximum_has_its_gradient_beside_its_indices(
+    name: str, arguments: tuple, indices: bool, side: int, format: str
+):
+    x = image((2, 50, side, side), torch.float32, format).requires_grad_()
+    found, expected = (getattr(f, name)(x, *arguments, return_indices=indices) for f in (cf, F))
+    if indices:
+        (found, at), (expected, true) = found, expected
+        assert torch.equal(at, true)
+        assert not at.requires_grad
+    dy = torch.randn_like(expected)
+    assert torch.equal(found, expected)
+    close = {"rtol": 1e-5, "atol": 1e-5}  # overlapping windows add up in another order
+    torch.testing.assert_close(torch.autograd.grad(found, x, dy)[0], torch.autograd.grad(expected, x, dy)[0], **close)
 
 
 WINDOW = ([3, 2], [2, 2], [1, 1])

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._core import KERNEL_DTYPES, POOLED_BYTES, applier, direct, empty, memory_format
+from ._core import KERNEL_DTYPES, applier, direct, empty, memory_format
 
 _aten = torch.ops.aten
 
@@ -42,16 +42,14 @@ _KINDS: dict[str, _Kind] = {
 def activation_layer(name: str, x: Tensor, inplace: bool) -> Tensor | None:
     """``name`` of x, into x where ``inplace``; None where PyTorch's own layer is to do it.
 
-    That is: small tensors and those that no kernel of cnnops takes, compilers, transforms, modes and traces, and what
-    PyTorch refuses to compute in place.
+    That is: tensors that no kernel of cnnops takes, transforms, modes and traces, and what PyTorch refuses to compute
+    in place. Small tensors and subclasses, with nothing to gain, do not come here.
     """
     if (
-        type(x) is not Tensor
-        or not direct()
+        not direct()
         or not x.is_cpu
         or x.dim() != 4
         or x.dtype not in KERNEL_DTYPES
-        or x.numel() * x.element_size() < POOLED_BYTES
         or not x.is_contiguous(memory_format=memory_format(x))
     ):
         return None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._core import C, Operator, applier, dense, direct, empty, memory_format, needs_composite, threads
+from ._core import C, Operator, dense, direct, empty, memory_format, needs_composite, recorder, threads
 from ._pooling import adaptable, adaptive_by_pytorch, adaptive_images, adaptive_size, takes_over
 
 
@@ -55,24 +55,6 @@ adaptive_avg_pool2d_op = Operator(
 )
 
 
-class _Direct(torch.autograd.Function):
-    """The same for a result that is computed already."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: tuple[Tensor]) -> Tensor:
-        ctx.size = x.shape[2:]
-        ctx.channels_last = memory_format(x) is torch.channels_last
-        return y[0]
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        return adaptive_avg_pool2d_backward(dy, *ctx.size, ctx.channels_last), None
-
-
-_Direct.__name__ = _Direct.__qualname__ = "adaptive_avg_pool2d"
-_apply = applier(_Direct)
-
-
 def _backward_kernel(dy: Tensor, h: int, w: int, channels_last: bool) -> Tensor:
     dx = _backward_fake(dy, h, w, channels_last)
     if not dy.numel():
@@ -106,7 +88,9 @@ adaptive_avg_pool2d_backward = Operator(
     setup_context=_backward_setup,
     backward=_backward_backward,
     foldable=(0,),
+    direct="adaptive_avg_pool2d_backward_direct",
 )
+_record = recorder("adaptive_avg_pool2d", adaptive_avg_pool2d_backward)
 
 
 def adaptive_avg_pool2d(input: Tensor, output_size: int | Sequence[int | None] | None) -> Tensor:
@@ -132,7 +116,7 @@ def adaptive_avg_pool2d(input: Tensor, output_size: int | Sequence[int | None] |
     if direct():
         made = C.adaptive_avg_pool2d_direct(input, output_size, torch.is_grad_enabled(), threads())
         if made is not None:
-            return _apply(input, made) if type(made) is tuple else made
+            return _record(input, made) if type(made) is tuple else made
     if takes_over("adaptive_avg_pool2d", input) or not adaptable(input) or needs_composite(input):
         return adaptive_by_pytorch("adaptive_avg_pool2d", input, output_size)
     size = adaptive_size("adaptive_avg_pool2d", input, output_size)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._core import C, Operator, dense, empty, memory_format, needs_composite, threads
+from ._core import C, Operator, dense, direct, empty, memory_format, needs_composite, threads
 from ._pooling import adaptable, adaptive_by_pytorch, adaptive_images, adaptive_size, plane_fits, takes_over
-from .index_pool2d import gradient, index_pool2d_backward
+from .index_pool2d import finisher, index_pool2d_backward
 
 _ADAPTIVE = (None, (1, 1), (0, 0), (1, 1))  # the windows, as index_pool2d takes them
 
@@ -44,9 +44,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 def _backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Any, ...]:
     if dy is None:
         return None, None
-    (indices,) = ctx.saved_tensors
-    dx = gradient(dy, indices, ctx.size, *_ADAPTIVE)
-    return index_pool2d_backward(dy, indices, *ctx.size, *_ADAPTIVE) if dx is None else dx, None
+    return index_pool2d_backward(dy, *ctx.saved_tensors, *ctx.size, *_ADAPTIVE), None
 
 
 adaptive_max_pool2d_op = Operator(
@@ -57,6 +55,7 @@ adaptive_max_pool2d_op = Operator(
     backward=_backward,
     foldable=(0,),
 )
+_finish = finisher("adaptive_max_pool2d")
 
 
 def adaptive_max_pool2d(
@@ -83,6 +82,10 @@ def adaptive_max_pool2d(
         tensor([[[4, 5],
                  [7, 8]]])
     """
+    if direct():
+        made = C.adaptive_max_pool2d_direct(input, output_size, return_indices, torch.is_grad_enabled(), threads())
+        if made is not None:
+            return _finish(input, made, return_indices)
     if (
         takes_over("adaptive_max_pool2d", input)
         or not adaptable(input)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._core import C, Operator, applier, dense, direct, empty, memory_format, needs_composite, supported, threads
+from ._core import C, Operator, dense, direct, empty, memory_format, needs_composite, recorder, supported, threads
 from ._pooling import as_images, check_bool, is_int, output_size, takes_over, window
 
 
@@ -63,34 +63,6 @@ avg_pool2d_op = Operator(
 )
 
 
-class _Direct(torch.autograd.Function):
-    """The same for a result that is computed already; window as the user gave it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: tuple[Tensor], *given: Any) -> Tensor:
-        ctx.size = x.shape[2:]
-        ctx.channels_last = memory_format(x) is torch.channels_last
-        ctx.given = given
-        return y[0]
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        kernel, stride, padding, ceil_mode, count_include_pad = ctx.given
-        if not torch.is_grad_enabled() and direct():
-            dx = C.avg_pool2d_backward_direct(
-                dy, ctx.size[0], ctx.size[1], kernel, stride, padding, count_include_pad, ctx.channels_last, threads()
-            )
-            if dx is not None:
-                return dx, *[None] * 6
-        pairs = window("avg_pool2d", kernel, stride, padding)[:3]
-        dx = avg_pool2d_backward(dy, *ctx.size, *pairs, ceil_mode, count_include_pad, 0, ctx.channels_last)
-        return dx, *[None] * 6
-
-
-_Direct.__name__ = _Direct.__qualname__ = "avg_pool2d"
-_apply = applier(_Direct)
-
-
 def _backward_kernel(
     dy: Tensor,
     h: int,
@@ -131,7 +103,9 @@ avg_pool2d_backward = Operator(
     setup_context=_backward_setup,
     backward=_backward_backward,
     foldable=(0,),
+    direct="avg_pool2d_backward_direct",
 )
+_record = recorder("avg_pool2d", avg_pool2d_backward)
 
 
 def avg_pool2d(
@@ -164,10 +138,11 @@ def avg_pool2d(
         torch.Size([1, 3, 4, 4])
     """
     if divisor_override is None and direct():
-        given = (kernel_size, stride, padding, ceil_mode, count_include_pad)
-        made = C.avg_pool2d_direct(input, *given, torch.is_grad_enabled(), threads())
+        made = C.avg_pool2d_direct(
+            input, kernel_size, stride, padding, ceil_mode, count_include_pad, torch.is_grad_enabled(), threads()
+        )
         if made is not None:
-            return _apply(input, made, *given) if type(made) is tuple else made
+            return _record(input, made) if type(made) is tuple else made
     if takes_over("avg_pool2d", input) or not supported(input) or needs_composite(input):
         return F.avg_pool2d(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
     check_bool(ceil_mode, "ceil_mode", "avg_pool2d")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -251,80 +252,53 @@ batch_norm_backward = Operator(
     "Tensor? bias, bool training, float eps, int activation, bool[4] wants) "
     "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
     _backward_kernel, _backward_fake, setup_context=_backward_setup, backward=_backward_backward,
+    direct="batch_norm_backward_direct",
 )  # fmt: skip
 
 
-def _gradients_directly(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
-    """Of x, weight and bias: by the extension alone where nobody differentiates them again."""
-    if dy is not None and not torch.is_grad_enabled() and direct():
-        x, y, _, mean, var, weight, bias = ctx.saved_tensors
-        if y is None:
-            (training, eps, activation), wants = ctx.arguments, ctx.needs_input_grad
-            made = C.batch_norm_backward_direct(
-                dy, x, mean, var, weight, bias, training, eps, activation, wants[0], wants[1], wants[2], threads()
-            )
-            if made is not None:
-                return made
-    return _gradients(ctx, dy, 0, 1)[:3]
+def _recorder(name: str, training: bool) -> Callable[..., Tensor]:
+    """A function that gives a result, which the extension has computed already, its derivatives: of x, weight, bias and
+    residual, then a tuple (result, mean, var), eps and activation."""
 
-
-class _DirectTraining(torch.autograd.Function):
-    """Training for a result that is computed already."""
-
-    @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, made: tuple[Tensor, ...], eps: float,
-        activation: int
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+        made: tuple[Tensor, Tensor, Tensor], eps: float, activation: int
     ) -> Tensor:  # fmt: skip
-        _save(ctx, x, made[0], None, made[1], made[2], weight, bias, True, eps, activation)
-        return made[0]
+        y, mean, var = made
+        _save(ctx, x, y, residual, mean, var, weight, bias, training, eps, activation)
+        return y
 
-    @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
-        return *_gradients_directly(ctx, dy), None, None, None
+        return *_gradients(ctx, dy, 0, 1), None, None, None
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return applier(type(name, (torch.autograd.Function,), members))
 
 
-class _DirectEvaluation(torch.autograd.Function):
-    """Evaluation for a result that is computed already."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, made: tuple[Tensor], mean: Tensor, var: Tensor,
-        eps: float, activation: int
-    ) -> Tensor:  # fmt: skip
-        _save(ctx, x, made[0], None, mean, var, weight, bias, False, eps, activation)
-        return made[0]
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
-        return *_gradients_directly(ctx, dy), *[None] * 5
-
-
-_DirectTraining.__name__ = _DirectTraining.__qualname__ = "batch_norm_training"
-_DirectEvaluation.__name__ = _DirectEvaluation.__qualname__ = "batch_norm_evaluation"
-_apply_training = applier(_DirectTraining)
-_apply_evaluation = applier(_DirectEvaluation)
+_record_training = _recorder("batch_norm_training", True)
+_record_evaluation = _recorder("batch_norm_evaluation", False)
 
 
 def _directly(
     input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    training: bool, momentum: float, eps: float, activation: int
+    residual: Tensor | None, training: bool, momentum: float, eps: float, activation: int
 ) -> Tensor | None:  # fmt: skip
     """The whole call by the extension alone, None where that cannot be."""
     grad = torch.is_grad_enabled()
     made = C.batch_norm_direct(
-        input, running_mean, running_var, weight, bias, training, momentum, eps, activation, grad, threads()
+        input, running_mean, running_var, weight, bias, residual, training, momentum, eps, activation, grad, threads()
     )
     if type(made) is not tuple:
         return made
     if not training:
-        return _apply_evaluation(input, weight, bias, made, running_mean, running_var, eps, activation)
+        made = made[0], running_mean, running_var
+        return _record_evaluation(input, weight, bias, residual, made, eps, activation)
     if running_mean is not None and running_var is not None:
         for t in (running_mean, running_var):
             if not t.is_inference():
                 torch.autograd.graph.increment_version(t)
-    if grad and any(t is not None and t.requires_grad for t in (input, weight, bias)):
-        return _apply_training(input, weight, bias, made, eps, activation)
+    if grad and any(t is not None and t.requires_grad for t in (input, weight, bias, residual)):
+        return _record_training(input, weight, bias, residual, made, eps, activation)
     return made[0]
 
 
@@ -440,8 +414,8 @@ def batch_norm(
     2015.
     """
     act = _activation.index("batch_norm", activation) if activation is not None else 0
-    if residual is None and direct():
-        made = _directly(input, running_mean, running_var, weight, bias, training, momentum, eps, act)
+    if direct():
+        made = _directly(input, running_mean, running_var, weight, bias, residual, training, momentum, eps, act)
         if made is not None:
             return made
     if residual is not None and (

@@ -123,33 +123,49 @@ def gradients(
         )  # fmt: skip
         if made is not None:
             return made
-    top, left = pair(padding, "padding", "conv2d")
-    geometry = [
-        pair(stride, "stride", "conv2d"), (top, top, left, left), pair(dilation, "dilation", "conv2d"), groups
-    ]  # fmt: skip
-    return _gradients(dy, x, weight, geometry, wanted)
+    return _gradients(dy, x, weight, _geometry("conv2d", stride, padding, dilation, groups), wanted)
 
 
-class _Direct(torch.autograd.Function):
-    """The same for a result that is computed already; geometry as the user gave it."""
+def _transposed_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The same of a transposed convolution."""
+    if not torch.is_grad_enabled() and direct():
+        made = C.conv_transpose2d_backward_direct(
+            dy, x, weight, stride, padding, dilation, groups, wanted[0], wanted[1], wanted[2], threads(), precision()
+        )  # fmt: skip
+        if made is not None:
+            return made
+    geometry = _geometry("conv_transpose2d", stride, padding, dilation, groups)
+    return _input_grad_gradients(dy, x, weight, geometry, wanted)
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, y: tuple[Tensor], *geometry: Any) -> Tensor:
+
+def _geometry(op: str, stride: Any, padding: Any, dilation: Any, groups: int) -> list[Any]:
+    top, left = pair(padding, "padding", op)
+    return [pair(stride, "stride", op), (top, top, left, left), pair(dilation, "dilation", op), groups]
+
+
+def _recorder(name: str, gradients: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., Tensor]:
+    """A function that gives a result, which the extension has computed already, its derivatives: of the input, weight,
+    bias, that result in a tuple, and the geometry as the user gave it."""
+
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, y: tuple[Tensor], geometry: tuple[Any, ...]
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
-        ctx.given = geometry
+        ctx.geometry = geometry
         return y[0]
 
-    @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        (x, weight), wants = ctx.saved_tensors, ctx.needs_input_grad
-        stride, padding, dilation, groups = ctx.given
-        wanted = *wants[:2], wants[2] and ctx.has_bias
-        return *gradients(dy, x, weight, stride, padding, dilation, groups, wanted), *[None] * 5
+        dx, dw, db = gradients(dy, *ctx.saved_tensors, *ctx.geometry, ctx.needs_input_grad)
+        return dx, dw, db, None, None
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return applier(type(name, (torch.autograd.Function,), members))
 
 
-_Direct.__name__ = _Direct.__qualname__ = "conv2d"
-_apply = applier(_Direct)
+_record = _recorder("conv2d", gradients)
+_record_transposed = _recorder("conv2d_input_grad", _transposed_gradients)
 
 
 def _flops(x: Any, weight: Any, *rest: Any, out_shape: Any = None, **_: Any) -> int:
@@ -193,17 +209,22 @@ def _input_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
     ctx.has_bias = bias is not None
 
 
+def _input_grad_gradients(
+    ddx: Tensor, dy: Tensor, weight: Tensor, geometry: Sequence[Any], wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    ddy = conv2d_op(ddx, weight, None, None, *geometry, 0) if wanted[0] else None
+    dw = None
+    if wanted[1]:
+        dw = conv2d_weight_grad(
+            dy, ddx, weight.shape[2], weight.shape[3], *geometry, memory_format(weight) is torch.channels_last
+        )
+    return ddy, dw, conv2d_bias_grad(ddx) if wanted[2] else None
+
+
 def _input_grad_backward(ctx: Any, ddx: Tensor) -> tuple[Any, ...]:
     dy, weight = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    ddy = conv2d_op(ddx, weight, None, None, *ctx.geometry, 0) if needs[0] else None
-    dw = None
-    if needs[1]:
-        dw = conv2d_weight_grad(
-            dy, ddx, weight.shape[2], weight.shape[3], *ctx.geometry, memory_format(weight) is torch.channels_last
-        )
-    db = conv2d_bias_grad(ddx) if ctx.has_bias and needs[2] else None
-    return ddy, dw, db, *[None] * 6
+    wanted = *ctx.needs_input_grad[:2], ctx.has_bias and ctx.needs_input_grad[2]
+    return *_input_grad_gradients(ddx, dy, weight, ctx.geometry, wanted), *[None] * 6
 
 
 def _input_grad_flops(dy: Any, weight: Any, *rest: Any, out_shape: Any = None, **_: Any) -> int:
@@ -386,12 +407,16 @@ def conv2d(
         torch.Size([1, 8, 16, 16])
     """
     act = _activation.index("conv2d", activation) if activation is not None else 0
-    if residual is None and direct():
+    if direct():
         y = C.conv2d_direct(
-            input, weight, bias, stride, padding, dilation, groups, act, torch.is_grad_enabled(), threads(), precision()
-        )
+            input, weight, bias, residual, stride, padding, dilation, groups, act, torch.is_grad_enabled(), threads(),
+            precision()
+        )  # fmt: skip
+        if type(y) is tuple:
+            y = _record(input, weight, bias, y, (stride, padding, dilation, groups))
+            return _finish(y, residual, act) if act or residual is not None else y
         if y is not None:
-            return _apply(input, weight, bias, y, stride, padding, dilation, groups) if type(y) is tuple else y
+            return y
     if torch._C._is_any_autocast_enabled():
         input, weight, bias, residual = _autocast(input, weight, bias, residual)  # type: ignore[assignment]
     step, dil = pair(stride, "stride", "conv2d"), pair(dilation, "dilation", "conv2d")
@@ -418,8 +443,7 @@ def conv2d(
     if (act or residual is not None) and torch.is_grad_enabled():
         # The derivative of the last step is PyTorch's own; fusing it is worth something in inference only.
         y = conv2d_op(x, weight, bias, None, step, pad, dil, groups, 0)
-        y = y if input.dim() == 4 else y.squeeze(0)
-        return _activation.apply(y if residual is None else y + residual, act)
+        return _finish(y if input.dim() == 4 else y.squeeze(0), residual, act)
     z = residual if residual is None or input.dim() == 4 else residual.unsqueeze(0)
     y = conv2d_op(x, weight, bias, z, step, pad, dil, groups, act)
     return y if input.dim() == 4 else y.squeeze(0)
@@ -433,7 +457,11 @@ def _composite(
     if isinstance(padding, str) and padding != "valid" and not (padding == "same" and stride == (1, 1)):
         top, bottom, left, right = resolve("conv2d", padding, input.shape[-2:], weight.shape[2:], stride, dilation)
         input, padding = F.pad(input, (left, right, top, bottom)), 0
-    y = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    return _finish(F.conv2d(input, weight, bias, stride, padding, dilation, groups), residual, activation)
+
+
+def _finish(y: Tensor, residual: Tensor | None, activation: int) -> Tensor:
+    """The last step by PyTorch's own ops."""
     return _activation.apply(y if residual is None else y + residual, activation)
 
 
@@ -470,6 +498,15 @@ def conv_transpose2d(
         torch.Size([1, 2, 16, 16])
     """
     name = "conv_transpose2d"
+    if direct():
+        made = C.conv_transpose2d_direct(
+            input, weight, bias, stride, padding, output_padding, groups, dilation, torch.is_grad_enabled(), threads(),
+            precision()
+        )  # fmt: skip
+        if type(made) is tuple:
+            return _record_transposed(input, weight, bias, made, (stride, padding, dilation, groups))
+        if made is not None:
+            return made
     if torch._C._is_any_autocast_enabled():
         input, weight, bias = _autocast(input, weight, bias)  # type: ignore[assignment]
     if not supported(input, weight, bias) or needs_composite(input, weight, bias):

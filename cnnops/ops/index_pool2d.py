@@ -6,13 +6,13 @@ indices ``h * W + w``. ``kernel`` None means adaptive windows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._core import C, Operator, dense, direct, empty, memory_format, threads
+from ._core import C, Operator, dense, empty, memory_format, recorder, threads
 from ._pooling import output_size
 
 
@@ -63,16 +63,21 @@ index_pool2d_backward = Operator(
     setup_context=_setup,
     backward=_backward,
     foldable=(0, 1),
+    direct="index_pool2d_backward_direct",
 )
 
 
-def gradient(
-    dy: Tensor, choice: Tensor, size: Sequence[int], kernel: Any, stride: Any, padding: Any, dilation: Any
-) -> Tensor | None:
-    """The gradient of images of this size, windows as the user gave them; None where that takes the operator."""
-    if torch.is_grad_enabled() or not direct():
-        return None
-    return C.index_pool2d_backward_direct(dy, choice, size[0], size[1], kernel, stride, padding, dilation, threads())
+def finisher(name: str) -> Callable[[Tensor, Any, bool], Any]:
+    """Makes what a user gets of what the extension's direct function of a pooling that picks has returned."""
+    record = recorder(name, index_pool2d_backward)
+
+    def finish(x: Tensor, made: Any, return_indices: bool) -> Any:
+        if type(made) is not tuple:
+            return made
+        y = made[0] if made[2] is None else record(x, made)
+        return (y, made[1]) if return_indices else y
+
+    return finish
 
 
 def _gather_kernel(

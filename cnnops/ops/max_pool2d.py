@@ -3,41 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._core import C, applier, direct, needs_composite, supported, threads
+from ._core import C, direct, needs_composite, supported, threads
 from ._pooling import as_images, check_bool, plane_fits, takes_over, window
-from .index_pool2d import PickOperators, gradient, index_pool2d_backward
+from .index_pool2d import PickOperators, finisher
 
 max_pool2d_op = PickOperators("max_pool2d", C.max_pool2d_forward)
-
-
-class _Direct(torch.autograd.Function):
-    """The same for a result that is computed already, with its choice; window as the user gave it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, made: tuple[Tensor, Tensor], *given: Any) -> Tensor:
-        y, choice = made
-        ctx.size = x.shape[2:]
-        ctx.given = given
-        ctx.save_for_backward(choice)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        (choice,) = ctx.saved_tensors
-        dx = gradient(dy, choice, ctx.size, *ctx.given)
-        if dx is None:
-            dx = index_pool2d_backward(dy, choice, *ctx.size, *window("max_pool2d", *ctx.given))
-        return dx, *[None] * 5
-
-
-_Direct.__name__ = _Direct.__qualname__ = "max_pool2d_pick"
-_apply = applier(_Direct)
+_finish = finisher("max_pool2d_pick")
 
 
 def max_pool2d(
@@ -72,11 +48,12 @@ def max_pool2d(
         tensor([[[[ 5.,  7.],
                   [13., 15.]]]])
     """
-    if return_indices is False and direct():
-        given = (kernel_size, stride, padding, dilation)
-        made = C.max_pool2d_direct(input, *given, ceil_mode, torch.is_grad_enabled(), threads())
+    if direct():
+        made = C.max_pool2d_direct(
+            input, kernel_size, stride, padding, dilation, ceil_mode, return_indices, torch.is_grad_enabled(), threads()
+        )
         if made is not None:
-            return _apply(input, made, *given) if type(made) is tuple else made
+            return _finish(input, made, return_indices)
     if takes_over("max_pool2d", input) or not supported(input) or needs_composite(input):
         return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
     check_bool(ceil_mode, "ceil_mode", "max_pool2d")

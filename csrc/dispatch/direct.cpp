@@ -14,6 +14,7 @@ namespace direct {
 namespace {
 
 PyObject *plain_types[2] = {}, *is_neg_name, *requires_grad_name;
+std::vector<PyObject*> watched;  // guarded by the GIL
 
 struct Code {
   int code, bits;
@@ -22,6 +23,19 @@ Code code_of(DType dtype) {
   static constexpr Code kCodes[] = {{dlpack::kFloat, 32}, {dlpack::kFloat, 64}, {dlpack::kBfloat, 16},
                                     {dlpack::kFloat, 16}, {dlpack::kUint, 8},   {dlpack::kInt, 64}};
   return kCodes[static_cast<int>(dtype)];
+}
+
+// Whether nothing that set_watched named answers with something true.
+PyObject* undisturbed(PyObject*, PyObject* const*, Py_ssize_t) {
+  for (PyObject* const question : watched) {
+    PyObject* const answer = PyObject_CallNoArgs(question);
+    if (!answer) return nullptr;
+    const int truth = PyObject_IsTrue(answer);
+    Py_DECREF(answer);
+    if (truth < 0) return nullptr;
+    if (truth) Py_RETURN_FALSE;
+  }
+  Py_RETURN_TRUE;
 }
 
 }  // namespace
@@ -145,6 +159,13 @@ void bind_direct(py::module_& m) {
         direct::plain_types[1] = parameter.release().ptr();
       },
       py::arg("tensor"), py::arg("parameter"), "The classes whose objects the functions ending in _direct take.");
+  m.def(
+      "set_watched",
+      [](const std::vector<py::object>& questions) {
+        for (const py::object& question : questions) direct::watched.push_back(question.inc_ref().ptr());
+      },
+      py::arg("questions"), "The functions without arguments that undisturbed() asks.");
+  direct::define(m, "undisturbed", &direct::undisturbed, "undisturbed() -> bool");
 }
 
 }  // namespace cnnops

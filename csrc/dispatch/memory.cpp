@@ -1,5 +1,8 @@
 // Results: tensors over pooled memory, handed to torch through the DLPack exchange API of its tensor type; and the pool's
 // figures.
+#include <cstdlib>
+#include <new>
+
 #include "common/arith.h"
 #include "common/host_memory.h"
 #include "dispatch/dlpack.h"
@@ -14,13 +17,36 @@ namespace {
 struct Owned {
   dlpack::ManagedTensor managed;
   int64_t shape[Tensor::kMaxDims], stride[Tensor::kMaxDims];
-  size_t bytes;
+  size_t bytes;  // 0: the data lie in the same block
 };
+
+constexpr size_t kCacheLine = 64;
+
+// Small data lie behind it: one block is as cheap as it gets, where aligned_alloc cuts one out of a larger.
+Owned* acquire(size_t bytes) {
+  const bool together = bytes < kPooledBytes;
+  void* const block = std::malloc(sizeof(Owned) + (together ? bytes + kCacheLine : 0));
+  if (!block) throw std::bad_alloc();
+  Owned* const owned = new (block) Owned;
+  owned->bytes = together ? 0 : bytes;
+  if (together) {
+    const auto behind = reinterpret_cast<uintptr_t>(owned + 1);
+    owned->managed.tensor.data = reinterpret_cast<void*>((behind + kCacheLine - 1) / kCacheLine * kCacheLine);
+    return owned;
+  }
+  try {
+    owned->managed.tensor.data = memory_acquire(bytes);
+  } catch (...) {
+    std::free(owned);
+    throw;
+  }
+  return owned;
+}
 
 void destroy(dlpack::ManagedTensor* self) {
   Owned* const owned = static_cast<Owned*>(self->manager_ctx);
-  memory_release(owned->managed.tensor.data, owned->bytes);
-  delete owned;
+  if (owned->bytes) memory_release(owned->managed.tensor.data, owned->bytes);
+  std::free(owned);
 }
 
 }  // namespace
@@ -37,8 +63,7 @@ py::object empty_tensor(PyObject* like, const int64_t* shape, int ndim, int code
   for (int i = 0; i < ndim; ++i)
     CNNOPS_CHECK(shape[i] >= 0 && !__builtin_mul_overflow(bytes, static_cast<size_t>(shape[i]), &bytes),
                  std::runtime_error, "the size of the result overflows");
-  Owned* const owned = new Owned;
-  owned->bytes = bytes;
+  Owned* const owned = acquire(bytes);
   static constexpr int kContiguous[Tensor::kMaxDims] = {0, 1, 2, 3, 4, 5, 6, 7}, kChannelsLast[] = {0, 2, 3, 1};
   const int* const order = channels_last ? kChannelsLast : kContiguous;
   int64_t stride = 1;
@@ -46,12 +71,6 @@ py::object empty_tensor(PyObject* like, const int64_t* shape, int ndim, int code
     owned->shape[order[i]] = shape[order[i]];
     owned->stride[order[i]] = stride;
     stride *= max64(owned->shape[order[i]], 1);
-  }
-  try {
-    owned->managed.tensor.data = memory_acquire(bytes);
-  } catch (...) {
-    delete owned;
-    throw;
   }
   *data = owned->managed.tensor.data;
   owned->managed.version = {1, 0};

@@ -12,8 +12,7 @@ namespace cnnops {
 namespace {
 
 AvgPool2dParams validate(const char* op, const Tensor& in, const Tensor& out, const Tensor& x, const Tensor& y,
-                         std::array<int64_t, 2> kernel, std::array<int64_t, 2> stride, std::array<int64_t, 2> padding,
-                         bool count_include_pad, int64_t divisor, int threads) {
+                         Pair kernel, Pair stride, Pair padding, bool count_include_pad, int64_t divisor, int threads) {
   AvgPool2dParams p{};
   p.layout = common_layout(op, x.dtype, {{"input", &x}, {"output", &y}});
   p.n = x.shape[0], p.c = x.shape[1], p.h = x.shape[2], p.w = x.shape[3];
@@ -35,21 +34,24 @@ AvgPool2dParams validate(const char* op, const Tensor& in, const Tensor& out, co
   return p;
 }
 
-void forward(const Tensor& y, const Tensor& x, std::array<int64_t, 2> kernel_size, std::array<int64_t, 2> stride,
-             std::array<int64_t, 2> padding, bool count_include_pad, int64_t divisor, int threads, int kernel) {
+}  // namespace
+
+void avg_pool2d_forward(const Tensor& y, const Tensor& x, Pair kernel, Pair stride, Pair padding,
+                        bool count_include_pad, int64_t divisor, int threads, int row) {
   run(table<AvgPool2dParams>(), "forward", x,
-      validate("avg_pool2d", x, y, x, y, kernel_size, stride, padding, count_include_pad, divisor, threads), kernel);
+      validate("avg_pool2d", x, y, x, y, kernel, stride, padding, count_include_pad, divisor, threads), row);
 }
 
-void backward(const Tensor& dx, const Tensor& dy, std::array<int64_t, 2> kernel_size, std::array<int64_t, 2> stride,
-              std::array<int64_t, 2> padding, bool count_include_pad, int64_t divisor, int threads, int kernel) {
+void avg_pool2d_backward(const Tensor& dx, const Tensor& dy, Pair kernel, Pair stride, Pair padding,
+                         bool count_include_pad, int64_t divisor, int threads, int row) {
   run(table<AvgPool2dParams>(), "backward", dx,
-      validate("avg_pool2d_backward", dy, dx, dx, dy, kernel_size, stride, padding, count_include_pad, divisor,
-               threads),
-      kernel);
+      validate("avg_pool2d_backward", dy, dx, dx, dy, kernel, stride, padding, count_include_pad, divisor, threads),
+      row);
 }
 
-// -> y, (y,) where a gradient is wanted, or None.
+namespace {
+
+// -> y, `recorded` where a gradient is wanted, or None.
 PyObject* forward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return direct::attempt([&]() -> PyObject* {
     DirectWindow w;
@@ -61,9 +63,12 @@ PyObject* forward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (!direct::truth(args[6], grad)) return nullptr;
     Tensor y;
     py::object made = direct::empty(args[0], w.shape, w.x.dtype, w.layout, y);
-    forward(y, w.x, w.kernel, w.stride, w.padding, count_include_pad, 0, static_cast<int>(threads), kSelect);
-    if (grad && direct::requires_grad(args[0])) return py::make_tuple(std::move(made)).release().ptr();
-    return made.release().ptr();
+    avg_pool2d_forward(y, w.x, w.kernel, w.stride, w.padding, count_include_pad, 0, static_cast<int>(threads), kSelect);
+    if (!grad || !direct::requires_grad(args[0])) return made.release().ptr();
+    return recorded(
+        std::move(made), py::none(),
+        py::make_tuple(w.x.shape[2], w.x.shape[3], pair_object(w.kernel), pair_object(w.stride), pair_object(w.padding),
+                       w.ceil_mode, count_include_pad, 0, w.layout == Layout::nhwc));
   });
 }
 
@@ -71,20 +76,19 @@ PyObject* forward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyObject* backward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return direct::attempt([&]() -> PyObject* {
     Tensor dy, dx;
-    int64_t h, w, threads;
+    int64_t h, w, divisor, threads;
     Pair kernel, stride, padding;
     bool count_include_pad, channels_last;
-    if (count != 9 || !direct::tensor(args[0], dy) || !direct::integer(args[1], h) || !direct::integer(args[2], w) ||
-        !direct::pair(args[3], kernel) || !direct::pair(args[5], padding) ||
-        !direct::truth(args[6], count_include_pad) || !direct::truth(args[7], channels_last) ||
-        !direct::integer(args[8], threads))
+    if (count != 11 || !direct::tensor(args[0], dy) || !direct::integer(args[1], h) || !direct::integer(args[2], w) ||
+        !direct::pair(args[3], kernel) || !direct::pair(args[4], stride) || !direct::pair(args[5], padding) ||
+        !direct::truth(args[7], count_include_pad) || !direct::integer(args[8], divisor) ||
+        !direct::truth(args[9], channels_last) || !direct::integer(args[10], threads))
       return nullptr;
-    stride = kernel;
-    if (args[4] != Py_None && !direct::pair(args[4], stride)) return nullptr;
     const Layout layout = channels_last ? Layout::nhwc : Layout::nchw;
     if (!direct::dense(dy, layout)) return nullptr;
     py::object made = direct::empty(args[0], {dy.shape[0], dy.shape[1], h, w}, dy.dtype, layout, dx);
-    backward(dx, dy, kernel, stride, padding, count_include_pad, 0, static_cast<int>(threads), kSelect);
+    avg_pool2d_backward(dx, dy, kernel, stride, padding, count_include_pad, divisor, static_cast<int>(threads),
+                        kSelect);
     return made.release().ptr();
   });
 }
@@ -93,14 +97,15 @@ PyObject* backward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 void bind_avg_pool2d(py::module_& m) {
   direct::define(m, "avg_pool2d_backward_direct", &backward_direct,
-                 "avg_pool2d_backward_direct(dy: torch.Tensor, h: int, w: int, kernel_size: Any, stride: Any, "
-                 "padding: Any, count_include_pad: bool, channels_last: bool, threads: int) -> object");
+                 "avg_pool2d_backward_direct(dy: torch.Tensor, h: int, w: int, kernel: Any, stride: Any, "
+                 "padding: Any, ceil_mode: bool, count_include_pad: bool, divisor: int, channels_last: bool, "
+                 "threads: int) -> object");
   direct::define(m, "avg_pool2d_direct", &forward_direct,
                  "avg_pool2d_direct(x: torch.Tensor, kernel_size: Any, stride: Any, padding: Any, ceil_mode: bool, "
                  "count_include_pad: bool, grad: bool, threads: int) -> object");
-  m.def("avg_pool2d_forward", &forward, "y"_a, "x"_a, "kernel_size"_a, "stride"_a, "padding"_a, "count_include_pad"_a,
-        "divisor"_a, "threads"_a, "kernel"_a = kSelect);
-  m.def("avg_pool2d_backward", &backward, "dx"_a, "dy"_a, "kernel_size"_a, "stride"_a, "padding"_a,
+  m.def("avg_pool2d_forward", &avg_pool2d_forward, "y"_a, "x"_a, "kernel_size"_a, "stride"_a, "padding"_a,
+        "count_include_pad"_a, "divisor"_a, "threads"_a, "kernel"_a = kSelect);
+  m.def("avg_pool2d_backward", &avg_pool2d_backward, "dx"_a, "dy"_a, "kernel_size"_a, "stride"_a, "padding"_a,
         "count_include_pad"_a, "divisor"_a, "threads"_a, "kernel"_a = kSelect);
 }
 

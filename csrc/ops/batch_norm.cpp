@@ -140,18 +140,26 @@ void update(const Tensor& running_mean, const Tensor& running_var, const Tensor&
   }
 }
 
+bool like(const Tensor& t, const Tensor& x, Layout layout) {
+  for (int i = 0; i < 4; ++i)
+    if (t.shape[i] != x.shape[i]) return false;
+  return t.dtype == x.dtype && direct::dense(t, layout);
+}
+
+OptionalTensor optional(const Tensor& t) { return t.data ? OptionalTensor(t) : std::nullopt; }
+
 // -> y, (y, mean, var) in training, (y,) in evaluation where a gradient is wanted, or None; training updates the running
 // statistics, if there are any.
 PyObject* forward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return direct::attempt([&]() -> PyObject* {
-    Tensor x, y;
+    Tensor x, y, residual;
     Tensor vectors[4];  // running mean and variance, weight, bias
     bool training, grad;
     double momentum, eps;
     int64_t activation, threads;
-    if (count != 11 || !direct::tensor(args[0], x) || !direct::truth(args[5], training) ||
-        !direct::number(args[6], momentum) || !direct::number(args[7], eps) || !direct::integer(args[8], activation) ||
-        !direct::truth(args[9], grad) || !direct::integer(args[10], threads))
+    if (count != 12 || !direct::tensor(args[0], x) || !direct::optional_tensor(args[5], residual, 4) ||
+        !direct::truth(args[6], training) || !direct::number(args[7], momentum) || !direct::number(args[8], eps) ||
+        !direct::integer(args[9], activation) || !direct::truth(args[10], grad) || !direct::integer(args[11], threads))
       return nullptr;
     const int64_t c = x.shape[1];
     DType dtype = DType::other;
@@ -170,56 +178,60 @@ PyObject* forward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
         (training && x.numel() == c))
       return nullptr;
     const Layout layout = direct::dense(x, Layout::nchw) ? Layout::nchw : direct::suggested(x);
-    if (!direct::dense(x, layout)) return nullptr;
-    const auto optional = [&](int i) { return vectors[i].data ? OptionalTensor(vectors[i]) : std::nullopt; };
+    if (!direct::dense(x, layout) || (residual.data && !like(residual, x, layout))) return nullptr;
     py::object made = direct::empty(args[0], {x.shape[0], c, x.shape[2], x.shape[3]}, x.dtype, layout, y), mean, var;
     Tensor means = vectors[0], vars = vectors[1];
     if (training) {
       mean = direct::empty_vector(args[0], c, DType::f64, means);
       var = direct::empty_vector(args[0], c, DType::f64, vars);
     }
-    forward(y, means, vars, x, optional(2), optional(3), std::nullopt, training, eps, static_cast<int>(activation),
-            static_cast<int>(threads), kSelect);
+    forward(y, means, vars, x, optional(vectors[2]), optional(vectors[3]), optional(residual), training, eps,
+            static_cast<int>(activation), static_cast<int>(threads), kSelect);
     if (training) {
       if (vectors[0].data) update(vectors[0], vectors[1], means, vars, momentum, x.numel() / c, kSelect);
       return py::make_tuple(std::move(made), std::move(mean), std::move(var)).release().ptr();
     }
-    if (grad && (direct::requires_grad(args[0]) || direct::requires_grad(args[3]) || direct::requires_grad(args[4])))
-      return py::make_tuple(std::move(made)).release().ptr();
+    for (const int i : {0, 3, 4, 5})
+      if (grad && direct::requires_grad(args[i])) return py::make_tuple(std::move(made)).release().ptr();
     return made.release().ptr();
   });
 }
 
-// -> (dx, dweight, dbias), None where one is not wanted; or None.
+// -> (dx, dweight, dbias, dresidual), None where one is not wanted; or None.
 PyObject* backward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return direct::attempt([&]() -> PyObject* {
-    Tensor dy, x, made[3];
+    Tensor dy, x, y, residual, made[4];
     Tensor vectors[4];  // mean, variance, weight, bias
-    bool training, wants[3];
+    bool training, wants[4];
     double eps;
     int64_t activation, threads;
     if (count != 13 || !direct::tensor(args[0], dy) || !direct::tensor(args[1], x) ||
-        !direct::truth(args[6], training) || !direct::number(args[7], eps) || !direct::integer(args[8], activation) ||
-        !direct::truth(args[9], wants[0]) || !direct::truth(args[10], wants[1]) || !direct::truth(args[11], wants[2]) ||
-        !direct::integer(args[12], threads))
+        !direct::optional_tensor(args[2], y, 4) || !direct::optional_tensor(args[3], residual, 4) ||
+        !direct::truth(args[8], training) || !direct::number(args[9], eps) || !direct::integer(args[10], activation) ||
+        !PyList_CheckExact(args[11]) || PyList_GET_SIZE(args[11]) != 4 || !direct::integer(args[12], threads))
       return nullptr;
     for (int i = 0; i < 4; ++i)
-      if (!direct::optional_tensor(args[2 + i], vectors[i], 1)) return nullptr;
+      if (!direct::optional_tensor(args[4 + i], vectors[i], 1) ||
+          !direct::truth(PyList_GET_ITEM(args[11], i), wants[i]))
+        return nullptr;
     const Layout layout = direct::dense(x, Layout::nchw) ? Layout::nchw : direct::suggested(x);
-    if (!direct::dense(x, layout) || !direct::dense(dy, layout)) return nullptr;
-    const auto optional = [&](const Tensor& t) { return t.data ? OptionalTensor(t) : std::nullopt; };
+    if (!direct::dense(x, layout) || !like(dy, x, layout) || (y.data && !like(y, x, layout)) ||
+        (residual.data && !like(residual, x, layout)))
+      return nullptr;
+    const auto image = [&](bool want, Tensor& out) -> py::object {
+      if (!want) return py::none();
+      return direct::empty(args[1], {x.shape[0], x.shape[1], x.shape[2], x.shape[3]}, x.dtype, layout, out);
+    };
     const auto vector = [&](bool want, const Tensor& like, Tensor& out) -> py::object {
       if (!want) return py::none();
       return direct::empty_vector(args[1], x.shape[1], like.data ? like.dtype : x.dtype, out);
     };
-    py::object dx = py::none();
-    if (wants[0])
-      dx = direct::empty(args[1], {x.shape[0], x.shape[1], x.shape[2], x.shape[3]}, x.dtype, layout, made[0]);
+    py::object dx = image(wants[0], made[0]), dresidual = image(wants[3], made[3]);
     py::object dweight = vector(wants[1], vectors[2], made[1]), dbias = vector(wants[2], vectors[3], made[2]);
-    backward(optional(made[0]), optional(made[1]), optional(made[2]), std::nullopt, dy, x, std::nullopt, std::nullopt,
-             vectors[0], vectors[1], optional(vectors[2]), optional(vectors[3]), training, eps,
+    backward(optional(made[0]), optional(made[1]), optional(made[2]), optional(made[3]), dy, x, optional(y),
+             optional(residual), vectors[0], vectors[1], optional(vectors[2]), optional(vectors[3]), training, eps,
              static_cast<int>(activation), static_cast<int>(threads), kSelect);
-    return py::make_tuple(std::move(dx), std::move(dweight), std::move(dbias)).release().ptr();
+    return py::make_tuple(std::move(dx), std::move(dweight), std::move(dbias), std::move(dresidual)).release().ptr();
   });
 }
 
@@ -229,12 +241,13 @@ void bind_batch_norm(py::module_& m) {
   direct::define(
       m, "batch_norm_direct", &forward_direct,
       "batch_norm_direct(x: torch.Tensor, running_mean: torch.Tensor | None, running_var: torch.Tensor | None, "
-      "weight: torch.Tensor | None, bias: torch.Tensor | None, training: bool, momentum: float, eps: float, "
-      "activation: int, grad: bool, threads: int) -> object");
+      "weight: torch.Tensor | None, bias: torch.Tensor | None, residual: torch.Tensor | None, training: bool, "
+      "momentum: float, eps: float, activation: int, grad: bool, threads: int) -> object");
   direct::define(m, "batch_norm_backward_direct", &backward_direct,
-                 "batch_norm_backward_direct(dy: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, var: torch.Tensor, "
-                 "weight: torch.Tensor | None, bias: torch.Tensor | None, training: bool, eps: float, activation: int, "
-                 "want_dx: bool, want_dweight: bool, want_dbias: bool, threads: int) -> object");
+                 "batch_norm_backward_direct(dy: torch.Tensor, x: torch.Tensor, y: torch.Tensor | None, "
+                 "residual: torch.Tensor | None, mean: torch.Tensor, var: torch.Tensor, weight: torch.Tensor | None, "
+                 "bias: torch.Tensor | None, training: bool, eps: float, activation: int, wants: list[bool], "
+                 "threads: int) -> object");
   m.def("batch_norm_forward", &forward, "y"_a, "mean"_a, "var"_a, "x"_a, "weight"_a, "bias"_a, "residual"_a,
         "training"_a, "eps"_a, "activation"_a, "threads"_a, "kernel"_a = kSelect);
   m.def("batch_norm_backward", &backward, "dx"_a, "dweight"_a, "dbias"_a, "dresidual"_a, "dy"_a, "x"_a, "y"_a,

@@ -199,22 +199,30 @@ void bias_grad(const Tensor& db, const Tensor& dy, int threads, int kernel) {
   run(table<Conv2dParams>(), "bias_grad", dy, p, kernel);
 }
 
-// (input, weight, bias, stride, padding, dilation, groups, activation, grad, threads, precision) -> y, (y,) where a gradient
-// is wanted, or None.
+// channels_last where one of them is, as PyTorch decides for an image and the weight.
+Layout common(const Tensor& a, const Tensor& b) {
+  return direct::suggested(a) == Layout::nhwc || direct::suggested(b) == Layout::nhwc ? Layout::nhwc : Layout::nchw;
+}
+
+bool suits(const Tensor& bias, const Tensor& x, int64_t channels) {
+  return !bias.data || (bias.dtype == x.dtype && bias.shape[0] == channels && (channels == 1 || bias.stride[0] == 1));
+}
+
+// (input, weight, bias, residual, stride, padding, dilation, groups, activation, grad, threads, precision) -> y; (y,), without
+// residual and activation, where a gradient is wanted; or None.
 PyObject* forward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return direct::attempt([&]() -> PyObject* {
-    Tensor x, weight, bias, y;
+    Tensor x, weight, bias, residual, y;
     Geometry g;
     int64_t activation, threads, precision;
-    if (count != 11 || !direct::tensor(args[0], x) || !direct::tensor(args[1], weight) ||
-        !direct::optional_tensor(args[2], bias, 1) || !direct::pair(args[3], g.stride) ||
-        !direct::pair(args[4], g.padding) || !direct::pair(args[5], g.dilation) ||
-        !direct::integer(args[6], g.groups) || !direct::integer(args[7], activation) ||
-        !direct::integer(args[9], threads) || !direct::integer(args[10], precision))
+    if (count != 12 || !direct::tensor(args[0], x) || !direct::tensor(args[1], weight) ||
+        !direct::optional_tensor(args[2], bias, 1) || !direct::optional_tensor(args[3], residual, 4) ||
+        !direct::pair(args[4], g.stride) || !direct::pair(args[5], g.padding) || !direct::pair(args[6], g.dilation) ||
+        !direct::integer(args[7], g.groups) || !direct::integer(args[8], activation) ||
+        !direct::integer(args[10], threads) || !direct::integer(args[11], precision))
       return nullptr;
-    const bool wants_grad = args[8] == Py_True && (direct::requires_grad(args[0]) || direct::requires_grad(args[1]) ||
-                                                   direct::requires_grad(args[2]));
-    if (wants_grad && activation) return nullptr;
+    const bool wants_grad = args[9] == Py_True && (direct::requires_grad(args[0]) || direct::requires_grad(args[1]) ||
+                                                   direct::requires_grad(args[2]) || direct::requires_grad(args[3]));
     const int64_t k = weight.shape[0];
     std::array<int64_t, 4> shape = {x.shape[0], k, 0, 0};
     for (int i = 0; i < 2; ++i) {
@@ -223,23 +231,66 @@ PyObject* forward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
       if (room < 0) return nullptr;
       shape[2 + i] = room / g.stride[i] + 1;
     }
-    const bool last = direct::suggested(x) == Layout::nhwc || direct::suggested(weight) == Layout::nhwc;
-    const Layout layout = last ? Layout::nhwc : Layout::nchw;
+    const Layout layout = common(x, weight);
     if (g.groups == 0 || x.shape[1] != weight.shape[1] * g.groups || k % g.groups || weight.dtype != x.dtype ||
-        !direct::dense(x, layout))
+        !direct::dense(x, layout) || !suits(bias, x, k))
       return nullptr;
-    if (bias.data && (bias.dtype != x.dtype || bias.shape[0] != k || (k > 1 && bias.stride[0] != 1))) return nullptr;
+    if (residual.data) {
+      for (int i = 0; i < 4; ++i)
+        if (residual.shape[i] != shape[static_cast<size_t>(i)]) return nullptr;
+      if (residual.dtype != x.dtype || !direct::dense(residual, layout)) return nullptr;
+    }
     py::object made = direct::empty(args[0], shape, x.dtype, layout, y);
     Conv2dParams p = validate("conv2d", x, weight, y, g, static_cast<int>(threads), static_cast<int>(precision));
     p.bias = bias.data;
-    p.activation = static_cast<Activation>(activation);
+    if (!wants_grad) {
+      p.residual = residual.data;
+      p.activation = static_cast<Activation>(activation);
+    }
     run(table<Conv2dParams>(), "forward", x, p, kSelect);
     return wants_grad ? py::make_tuple(std::move(made)).release().ptr() : made.release().ptr();
   });
 }
 
+// (input, weight, bias, stride, padding, output_padding, groups, dilation, grad, threads, precision) -> y, (y,) where a
+// gradient is wanted, or None. Named as in a convolution from y to the input, whose gradient y is.
+PyObject* transpose_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return direct::attempt([&]() -> PyObject* {
+    Tensor dy, weight, bias, dx;
+    Geometry g;
+    Pair extra;
+    int64_t threads, precision;
+    if (count != 11 || !direct::tensor(args[0], dy) || !direct::tensor(args[1], weight) ||
+        !direct::optional_tensor(args[2], bias, 1) || !direct::pair(args[3], g.stride) ||
+        !direct::pair(args[4], g.padding) || !direct::pair(args[5], extra) || !direct::integer(args[6], g.groups) ||
+        !direct::pair(args[7], g.dilation) || !direct::integer(args[9], threads) ||
+        !direct::integer(args[10], precision))
+      return nullptr;
+    const bool wants_grad = args[8] == Py_True && (direct::requires_grad(args[0]) || direct::requires_grad(args[1]) ||
+                                                   direct::requires_grad(args[2]));
+    std::array<int64_t, 4> shape = {dy.shape[0], weight.shape[1] * g.groups, 0, 0};
+    for (int i = 0; i < 2; ++i) {
+      if (g.stride[i] == 0 || g.dilation[i] == 0 || extra[i] >= max64(g.stride[i], g.dilation[i])) return nullptr;
+      shape[2 + i] = (dy.shape[2 + i] - 1) * g.stride[i] - 2 * g.padding[i] +
+                     g.dilation[i] * (weight.shape[2 + i] - 1) + extra[i] + 1;
+      if (shape[2 + i] < 1) return nullptr;
+    }
+    const Layout layout = common(dy, weight);
+    if (g.groups == 0 || dy.shape[1] != weight.shape[0] || weight.shape[0] % g.groups || weight.dtype != dy.dtype ||
+        !direct::dense(dy, layout) || !suits(bias, dy, shape[1]))
+      return nullptr;
+    py::object made = direct::empty(args[0], shape, dy.dtype, layout, dx);
+    const std::optional<Tensor> added = bias.data ? std::optional(bias) : std::nullopt;
+    input_grad(dx, dy, weight, added, g.stride, g.padding, g.dilation, g.groups, static_cast<int>(threads),
+               static_cast<int>(precision), kSelect);
+    return wants_grad ? py::make_tuple(std::move(made)).release().ptr() : made.release().ptr();
+  });
+}
+
 // (dy, x, weight, stride, padding, dilation, groups, want dx, want dw, want db, threads, precision) -> (dx, dw, db), None
-// where one is not wanted; or None.
+// where one is not wanted; or None. Of a transposed convolution: dx is the convolution of dy, in whose weight gradient the
+// images change places.
+template <bool transposed>
 PyObject* backward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return direct::attempt([&]() -> PyObject* {
     Tensor dy, x, weight;
@@ -252,22 +303,24 @@ PyObject* backward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
         !direct::truth(args[7], wants[0]) || !direct::truth(args[8], wants[1]) || !direct::truth(args[9], wants[2]) ||
         !direct::integer(args[10], threads) || !direct::integer(args[11], precision))
       return nullptr;
-    const auto last = [](const Tensor& a, const Tensor& b) {
-      return direct::suggested(a) == Layout::nhwc || direct::suggested(b) == Layout::nhwc ? Layout::nhwc : Layout::nchw;
-    };
-    const Layout images = last(dy, weight), both = last(x, dy);
+    const Layout images = common(dy, weight), both = common(x, dy);
     if (!direct::dense(dy, images) || !direct::dense(dy, both) || !direct::dense(x, both)) return nullptr;
     const int most = static_cast<int>(threads), exact = static_cast<int>(precision);
     py::object dx = py::none(), dw = py::none(), db = py::none();
     Tensor made;
     if (wants[0]) {
       dx = direct::empty(args[0], {x.shape[0], x.shape[1], x.shape[2], x.shape[3]}, dy.dtype, images, made);
-      input_grad(made, dy, weight, std::nullopt, g.stride, g.padding, g.dilation, g.groups, most, exact, kSelect);
+      if (transposed)
+        forward(made, dy, weight, std::nullopt, std::nullopt, g.stride, g.padding, g.dilation, g.groups, 0, most, exact,
+                kSelect);
+      else
+        input_grad(made, dy, weight, std::nullopt, g.stride, g.padding, g.dilation, g.groups, most, exact, kSelect);
     }
     if (wants[1]) {
       dw = direct::empty(args[0], {weight.shape[0], weight.shape[1], weight.shape[2], weight.shape[3]}, dy.dtype,
                          direct::suggested(weight), made);
-      weight_grad(made, dy, x, g.stride, g.padding, g.dilation, g.groups, most, exact, kSelect);
+      weight_grad(made, transposed ? x : dy, transposed ? dy : x, g.stride, g.padding, g.dilation, g.groups, most,
+                  exact, kSelect);
     }
     if (wants[2]) {
       db = direct::empty_vector(args[0], dy.shape[1], dy.dtype, made);
@@ -282,9 +335,18 @@ PyObject* backward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
 void bind_conv2d(py::module_& m) {
   direct::define(
       m, "conv2d_direct", &forward_direct,
-      "conv2d_direct(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: Any, "
-      "padding: Any, dilation: Any, groups: int, activation: int, grad: bool, threads: int, precision: int) -> object");
-  direct::define(m, "conv2d_backward_direct", &backward_direct,
+      "conv2d_direct(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, "
+      "stride: Any, padding: Any, dilation: Any, groups: int, activation: int, grad: bool, threads: int, "
+      "precision: int) -> object");
+  direct::define(m, "conv_transpose2d_direct", &transpose_direct,
+                 "conv_transpose2d_direct(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, "
+                 "stride: Any, padding: Any, output_padding: Any, groups: int, dilation: Any, grad: bool, "
+                 "threads: int, precision: int) -> object");
+  direct::define(m, "conv_transpose2d_backward_direct", &backward_direct<true>,
+                 "conv_transpose2d_backward_direct(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, "
+                 "stride: Any, padding: Any, dilation: Any, groups: int, want_dx: bool, want_dw: bool, want_db: bool, "
+                 "threads: int, precision: int) -> object");
+  direct::define(m, "conv2d_backward_direct", &backward_direct<false>,
                  "conv2d_backward_direct(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, stride: Any, "
                  "padding: Any, dilation: Any, groups: int, want_dx: bool, want_dw: bool, want_db: bool, "
                  "threads: int, precision: int) -> object");

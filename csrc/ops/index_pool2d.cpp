@@ -61,15 +61,10 @@ PyObject* backward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
     std::optional<Pair> kernel;
     Pair stride, padding, dilation;
     if (count != 9 || !direct::tensor(args[0], dy) || Py_TYPE(args[1]) != Py_TYPE(args[0]) ||
-        !direct::integer(args[2], h) || !direct::integer(args[3], w) || !direct::pair(args[6], padding) ||
-        !direct::pair(args[7], dilation) || !direct::integer(args[8], threads))
+        !direct::integer(args[2], h) || !direct::integer(args[3], w) || !direct::pair(args[5], stride) ||
+        !direct::pair(args[6], padding) || !direct::pair(args[7], dilation) || !direct::integer(args[8], threads))
       return nullptr;
     if (args[4] != Py_None && !direct::pair(args[4], kernel.emplace())) return nullptr;
-    if (args[5] == Py_None && kernel) {
-      stride = *kernel;
-    } else if (!direct::pair(args[5], stride)) {
-      return nullptr;
-    }
     const Tensor choice = tensor_from_python(args[1]);
     if (choice.place.device != Device::cpu || choice.ndim != 4) return nullptr;
     const Layout layout = direct::suggested(choice);
@@ -86,7 +81,7 @@ PyObject* backward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
 void bind_index_pool2d(py::module_& m) {
   direct::define(m, "index_pool2d_backward_direct", &backward_direct,
                  "index_pool2d_backward_direct(dy: torch.Tensor, choice: torch.Tensor, h: int, w: int, "
-                 "kernel_size: Any, stride: Any, padding: Any, dilation: Any, threads: int) -> object");
+                 "kernel: Any, stride: Any, padding: Any, dilation: Any, threads: int) -> object");
   m.def("index_pool2d_backward", &backward, "dx"_a, "dy"_a, "choice"_a, "kernel_size"_a, "stride"_a, "padding"_a,
         "dilation"_a, "threads"_a, "kernel"_a = kSelect);
   m.def("index_pool2d_gather", &gather, "dy"_a, "dx"_a, "choice"_a, "kernel_size"_a, "stride"_a, "padding"_a,

@@ -9,34 +9,36 @@ namespace cnnops {
 #define CNNOPS_TABLE "ops/max_pool2d.inc"
 #include "dispatch/define_table.h"
 
-namespace {
-
-void forward(const Tensor& y, const std::optional<Tensor>& choice, const Tensor& x, Pair kernel_size, Pair stride,
-             Pair padding, Pair dilation, int threads, int kernel) {
-  const MaxPool2dParams p{pick_params("max_pool2d", y, choice, x, kernel_size, stride, padding, dilation, threads)};
-  run(table<MaxPool2dParams>(), "forward", x, p, kernel);
+void max_pool2d_forward(const Tensor& y, const std::optional<Tensor>& choice, const Tensor& x, Pair kernel, Pair stride,
+                        Pair padding, Pair dilation, int threads, int row) {
+  const MaxPool2dParams p{pick_params("max_pool2d", y, choice, x, kernel, stride, padding, dilation, threads)};
+  run(table<MaxPool2dParams>(), "forward", x, p, row);
 }
 
-// -> y, (y, choice) where a gradient is wanted, or None.
+namespace {
+
+// -> y; `recorded_pick` where a gradient or the indices are wanted; or None.
 PyObject* forward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return direct::attempt([&]() -> PyObject* {
     DirectWindow w;
     int64_t threads;
-    bool grad;
-    if (count != 8 || !w.read(args) || !direct::pair(args[4], w.dilation) || !direct::truth(args[5], w.ceil_mode) ||
-        !direct::truth(args[6], grad) || !direct::integer(args[7], threads) || !w.measure())
+    bool indices, grad;
+    if (count != 9 || !w.read(args) || !direct::pair(args[4], w.dilation) || !direct::truth(args[5], w.ceil_mode) ||
+        !direct::truth(args[6], indices) || !direct::truth(args[7], grad) || !direct::integer(args[8], threads) ||
+        !w.measure())
       return nullptr;
     Tensor y;
     std::optional<Tensor> choice;
     py::object made = direct::empty(args[0], w.shape, w.x.dtype, w.layout, y), chosen;
-    if (grad && direct::requires_grad(args[0])) {
-      const bool narrow = w.kernel[0] * w.kernel[1] <= kNoOffset;
-      choice.emplace();
-      chosen = direct::empty(args[0], w.shape, narrow ? DType::u8 : DType::i64, w.layout, *choice);
+    grad = grad && direct::requires_grad(args[0]);
+    if (grad || indices) {
+      const bool narrow = !indices && w.kernel[0] * w.kernel[1] <= kNoOffset;
+      chosen = direct::empty(args[0], w.shape, narrow ? DType::u8 : DType::i64, w.layout, choice.emplace());
     }
-    forward(y, choice, w.x, w.kernel, w.stride, w.padding, w.dilation, static_cast<int>(threads), kSelect);
-    if (choice) return py::make_tuple(std::move(made), std::move(chosen)).release().ptr();
-    return made.release().ptr();
+    max_pool2d_forward(y, choice, w.x, w.kernel, w.stride, w.padding, w.dilation, static_cast<int>(threads), kSelect);
+    if (!choice) return made.release().ptr();
+    return recorded_pick(std::move(made), std::move(chosen), *choice, indices, grad, w.x, w.kernel, w.stride, w.padding,
+                         w.dilation);
   });
 }
 
@@ -45,8 +47,8 @@ PyObject* forward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
 void bind_max_pool2d(py::module_& m) {
   direct::define(m, "max_pool2d_direct", &forward_direct,
                  "max_pool2d_direct(x: torch.Tensor, kernel_size: Any, stride: Any, padding: Any, dilation: Any, "
-                 "ceil_mode: bool, grad: bool, threads: int) -> object");
-  m.def("max_pool2d_forward", &forward, "y"_a, "choice"_a, "x"_a, "kernel_size"_a, "stride"_a, "padding"_a,
+                 "ceil_mode: bool, return_indices: bool, grad: bool, threads: int) -> object");
+  m.def("max_pool2d_forward", &max_pool2d_forward, "y"_a, "choice"_a, "x"_a, "kernel_size"_a, "stride"_a, "padding"_a,
         "dilation"_a, "threads"_a, "kernel"_a = kSelect);
 }
 

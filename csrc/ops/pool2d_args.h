@@ -53,6 +53,46 @@ inline PickParams pick_params(const char* op, const Tensor& y, const std::option
   return p;
 }
 
+// The operators' functions that adaptive pooling calls where its windows are equal and side by side.
+void avg_pool2d_forward(const Tensor& y, const Tensor& x, Pair kernel, Pair stride, Pair padding,
+                        bool count_include_pad, int64_t divisor, int threads, int row);
+void avg_pool2d_backward(const Tensor& dx, const Tensor& dy, Pair kernel, Pair stride, Pair padding,
+                         bool count_include_pad, int64_t divisor, int threads, int row);
+void max_pool2d_forward(const Tensor& y, const std::optional<Tensor>& choice, const Tensor& x, Pair kernel, Pair stride,
+                        Pair padding, Pair dilation, int threads, int row);
+
+// Whether adaptive windows are equal, side by side and several; their size then.
+inline bool even_windows(Pair size, Pair outputs, Pair& kernel) {
+  kernel = {size[0] / outputs[0], size[1] / outputs[1]};
+  return size[0] % outputs[0] == 0 && size[1] % outputs[1] == 0 && outputs[0] * outputs[1] > 1;
+}
+
+inline py::tuple pair_object(Pair pair) { return py::make_tuple(pair[0], pair[1]); }
+
+// What a direct call of a pooling returns where a gradient is wanted, for Python's `recorder`: the result, what to save for
+// the gradient (or None), and the further arguments of the operator that computes it.
+inline PyObject* recorded(py::object y, py::object saved, py::object arguments) {
+  return py::make_tuple(std::move(y), std::move(saved), std::move(arguments)).release().ptr();
+}
+
+// The same of a pooling that picks, whose gradient is index_pool2d_backward. With `indices` the choice is a result, too, and
+// the arguments are None where no gradient is wanted. A small choice goes among the arguments: to save it costs 1 us, for
+// memory that is given back earlier.
+inline PyObject* recorded_pick(py::object y, py::object choice, const Tensor& chosen, bool indices, bool grad,
+                               const Tensor& x, std::optional<Pair> kernel, Pair stride, Pair padding, Pair dilation) {
+  if (!grad) return recorded(std::move(y), std::move(choice), py::none());
+  constexpr int64_t kSmall = 4096;  // elements
+  py::object size = kernel ? py::object(pair_object(*kernel)) : py::object(py::none());
+  py::tuple steps = pair_object(stride), pads = pair_object(padding), spread = pair_object(dilation);
+  if (!indices && chosen.numel() <= kSmall)
+    return recorded(std::move(y), py::none(),
+                    py::make_tuple(std::move(choice), x.shape[2], x.shape[3], std::move(size), std::move(steps),
+                                   std::move(pads), std::move(spread)));
+  return recorded(
+      std::move(y), std::move(choice),
+      py::make_tuple(x.shape[2], x.shape[3], std::move(size), std::move(steps), std::move(pads), std::move(spread)));
+}
+
 // The arguments (input, kernel_size, stride or None, padding) of a direct call.
 struct DirectWindow {
   Tensor x;

@@ -101,10 +101,6 @@ function(cnnops_add_module target)
   target_include_directories(${target} PRIVATE csrc)
   target_link_libraries(${target} PRIVATE OpenMP::OpenMP_CXX)
   target_compile_options(${target} PRIVATE -O2 ${CNNOPS_WARNINGS})
-  if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_SYSTEM_NAME STREQUAL "Linux")  # libgomp, and a linker with --wrap
-    target_sources(${target} PRIVATE csrc/common/one_thread.cpp)
-    target_link_options(${target} PRIVATE -Wl,--wrap=GOMP_parallel)
-  endif()
   string(REPLACE ";" "," isas "${CNNOPS_ISAS};${CNNOPS_PAIRS_ISAS}")
   target_compile_definitions(${target} PRIVATE
     CNNOPS_VERSION="${PROJECT_VERSION}"

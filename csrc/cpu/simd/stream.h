@@ -45,6 +45,35 @@ template <class T>
     store_n(p, v, n);
 }
 
+// The first n lanes where p may lie in the middle of what store_streaming aligns to: by halves of a vector, which the
+// processor joins to lines again if the rest of a line follows soon.
+template <class T>
+[[gnu::always_inline]] inline void store_streaming_halves(T* p, vec<compute_t<T>> v, int n) {
+#if CNNOPS_ISA_avx512 || CNNOPS_ISA_avx2
+  constexpr int kLanes = lanes<compute_t<T>>, kHalf = kLanes * static_cast<int>(sizeof(T)) / 2;
+  const bool whole = n >= kLanes;
+  if (whole && reinterpret_cast<uintptr_t>(p) % (2 * kHalf) == 0) return store_streaming(p, v);
+  if constexpr (kHalf >= 16) {
+    if (reinterpret_cast<uintptr_t>(p) % kHalf == 0 && (whole || n == kLanes / 2)) {
+      T out[kLanes];
+      store(out, v);
+      for (int i = 0; i < (whole ? 2 : 1); ++i) {
+        T* const to = p + i * (kLanes / 2);
+        typedef long long Bits __attribute__((vector_size(kHalf)));
+        Bits bits;
+        std::memcpy(&bits, out + i * (kLanes / 2), kHalf);
+        if constexpr (kHalf == 16)
+          _mm_stream_si128(reinterpret_cast<__m128i*>(to), reinterpret_cast<__m128i>(bits));
+        else
+          _mm256_stream_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(bits));
+      }
+      return;
+    }
+  }
+#endif
+  store_n(p, v, n);
+}
+
 // Before other threads may read what was stored.
 inline void end_streaming() {
 #if CNNOPS_ISA_avx512 || CNNOPS_ISA_avx2

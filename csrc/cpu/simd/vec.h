@@ -293,6 +293,31 @@ template <class V>
     return __builtin_shufflevector(a, b, 1, 3);
   }
 }
+// Elements kFirst to kFirst + lanes - 1 of the 2 * lanes elements (a, b).
+template <int kFirst, class V>
+[[gnu::always_inline]] inline V window(V a, V b) {
+  constexpr int kCount = sizeof(V) / sizeof(a[0]), k = kFirst;
+  static_assert(k >= 0 && k <= kCount);
+  if constexpr (k == 0) {
+    return a;
+  } else if constexpr (k == kCount) {
+    return b;
+#if CNNOPS_ISA_avx512
+  } else if constexpr (sizeof(a[0]) == 4) {
+    return reinterpret_cast<V>(_mm512_alignr_epi32(reinterpret_cast<__m512i>(b), reinterpret_cast<__m512i>(a), k));
+  } else {
+    return reinterpret_cast<V>(_mm512_alignr_epi64(reinterpret_cast<__m512i>(b), reinterpret_cast<__m512i>(a), k));
+#else
+  } else if constexpr (kCount == 8) {
+    return __builtin_shufflevector(a, b, k, k + 1, k + 2, k + 3, k + 4, k + 5, k + 6, k + 7);
+  } else if constexpr (kCount == 4) {
+    return __builtin_shufflevector(a, b, k, k + 1, k + 2, k + 3);
+  } else {
+    return __builtin_shufflevector(a, b, k, k + 1);
+#endif
+  }
+}
+
 template <class V>
 [[gnu::always_inline]] inline V zip_low(V a, V b) {
   constexpr int kCount = sizeof(V) / sizeof(a[0]);

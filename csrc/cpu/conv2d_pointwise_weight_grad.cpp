@@ -24,7 +24,9 @@ constexpr int64_t kFlush = 32;                                // terms of one ru
 constexpr int64_t kBlockFilters = 256, kBlockChannels = 288;  // of a task: 295 KB of Z
 constexpr int64_t kLeastFilters = 48;                         // smaller blocks would pack the image too often
 constexpr int64_t kMostTurned = 64;                           // channels: dw is then stored element by element
-constexpr int64_t kWantedTasks = 16;  // enough to balance a few threads; fixed, so that cuts do not depend on threads
+// Enough tasks to balance a few threads, fewer of little work, as each packs what it reads; by shape alone, so that cuts do
+// not depend on threads.
+constexpr int64_t kMostTasks = 16, kLeastTasks = 4, kTaskProducts = 2 << 20;
 
 constexpr int64_t kTogether = 8;  // pixels: their channels fit L1
 
@@ -51,16 +53,18 @@ Plan plan_of(const Conv2dParams& p) {
   g.channels = round_up(ceil_div(g.group_c, g.channel_blocks), lanes<C>);
   g.channel_blocks = ceil_div(g.group_c, g.channels);
   g.rows = p.n * p.p;
+  const int64_t products = p.n * p.p * p.q * g.group_c * p.k;
+  const int64_t wanted = max64(kLeastTasks, min64(products / kTaskProducts, kMostTasks)) / 2 * 2;
   g.slices = min64(max64(1, p.n * p.p * p.q / (2 * kPixels)), g.rows);
   const int64_t others = g.channel_blocks * g.slices * p.groups;
   for (int64_t want = ceil_div(g.group_k, kBlockFilters);; ++want) {
     g.filters = round_up(ceil_div(g.group_k, want), kTileRows);
     g.filter_blocks = ceil_div(g.group_k, g.filters);
     const int64_t tasks = g.filter_blocks * others;
-    if (tasks >= kWantedTasks && tasks % 2 == 0) break;
+    if (tasks >= wanted && tasks % 2 == 0) break;
     if (ceil_div(g.group_k, want + 1) < kLeastFilters) break;
   }
-  g.slices = min64(ceil_div(kWantedTasks, g.channel_blocks * g.filter_blocks * p.groups), g.slices);
+  g.slices = min64(ceil_div(wanted, g.channel_blocks * g.filter_blocks * p.groups), g.slices);
   g.direct = __is_same(T, C) && g.slices == 1 && g.group_c % lanes<C> == 0 && p.weight_stride[1] == 1;
   return g;
 }
@@ -246,10 +250,17 @@ Conv2dParams turned(Conv2dParams p) {
   return p;
 }
 
+// The images as one, where its rows of pixels follow each other without a gap.
+Conv2dParams joined(Conv2dParams p) {
+  if (p.layout == Layout::nhwc && p.stride_h == 1 && p.stride_w == 1 && p.h == p.p && p.w == p.q)
+    p.h *= p.n, p.p *= p.n, p.n = 1;
+  return p;
+}
+
 template <class T>
 void weight_grad(const Conv2dParams& given) {
   using C = compute_t<T>;
-  const Conv2dParams p = turned<C>(given);
+  const Conv2dParams p = joined(turned<C>(given));
   const Plan g = plan_of<T>(p);
   const int64_t blocks = p.groups * g.filter_blocks * g.channel_blocks;
   const int64_t z_size = round_up(g.filters * g.channels, 64);

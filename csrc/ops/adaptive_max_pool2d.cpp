@@ -60,8 +60,8 @@ PyObject* forward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
     }
     if (!grad && !indices) return made.release().ptr();
     const std::optional<Pair> windows = even ? std::optional(kernel) : std::nullopt;
-    return recorded_pick(std::move(made), std::move(chosen), *choice, indices, grad, x, windows,
-                         even ? kernel : Pair{1, 1}, {0, 0}, {1, 1});
+    return recorded_pick(std::move(made), std::move(chosen), grad, x, windows, even ? kernel : Pair{1, 1}, {0, 0},
+                         {1, 1});
   });
 }
 

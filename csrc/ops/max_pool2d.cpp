@@ -37,8 +37,7 @@ PyObject* forward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
     }
     max_pool2d_forward(y, choice, w.x, w.kernel, w.stride, w.padding, w.dilation, static_cast<int>(threads), kSelect);
     if (!choice) return made.release().ptr();
-    return recorded_pick(std::move(made), std::move(chosen), *choice, indices, grad, w.x, w.kernel, w.stride, w.padding,
-                         w.dilation);
+    return recorded_pick(std::move(made), std::move(chosen), grad, w.x, w.kernel, w.stride, w.padding, w.dilation);
   });
 }
 

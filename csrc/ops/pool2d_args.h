@@ -76,21 +76,14 @@ inline PyObject* recorded(py::object y, py::object saved, py::object arguments) 
 }
 
 // The same of a pooling that picks, whose gradient is index_pool2d_backward. With `indices` the choice is a result, too, and
-// the arguments are None where no gradient is wanted. A small choice goes among the arguments: to save it costs 1 us, for
-// memory that is given back earlier.
-inline PyObject* recorded_pick(py::object y, py::object choice, const Tensor& chosen, bool indices, bool grad,
-                               const Tensor& x, std::optional<Pair> kernel, Pair stride, Pair padding, Pair dilation) {
+// the arguments are None where no gradient is wanted.
+inline PyObject* recorded_pick(py::object y, py::object choice, bool grad, const Tensor& x, std::optional<Pair> kernel,
+                               Pair stride, Pair padding, Pair dilation) {
   if (!grad) return recorded(std::move(y), std::move(choice), py::none());
-  constexpr int64_t kSmall = 4096;  // elements
   py::object size = kernel ? py::object(pair_object(*kernel)) : py::object(py::none());
-  py::tuple steps = pair_object(stride), pads = pair_object(padding), spread = pair_object(dilation);
-  if (!indices && chosen.numel() <= kSmall)
-    return recorded(std::move(y), py::none(),
-                    py::make_tuple(std::move(choice), x.shape[2], x.shape[3], std::move(size), std::move(steps),
-                                   std::move(pads), std::move(spread)));
-  return recorded(
-      std::move(y), std::move(choice),
-      py::make_tuple(x.shape[2], x.shape[3], std::move(size), std::move(steps), std::move(pads), std::move(spread)));
+  return recorded(std::move(y), std::move(choice),
+                  py::make_tuple(x.shape[2], x.shape[3], std::move(size), pair_object(stride), pair_object(padding),
+                                 pair_object(dilation)));
 }
 
 // The arguments (input, kernel_size, stride or None, padding) of a direct call.

@@ -95,7 +95,7 @@ class Operator:
     ) -> None:
         self.name = schema.split("(", 1)[0]
         self.kernel = kernel
-        self.direct = direct
+        self.direct = getattr(C, direct) if direct else None
         self.foldable = tuple(foldable)
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         qualified = f"cnnops::{self.name}"
@@ -120,7 +120,7 @@ class Operator:
 
     def __call__(self, *args: Any) -> Any:
         if self.direct is not None and not torch.is_grad_enabled() and direct():
-            made = getattr(C, self.direct)(*args, threads())
+            made = self.direct(*args, threads())
             if made is not None:
                 return made
         if is_compiling():
@@ -248,16 +248,8 @@ def recorder(
             ctx.save_for_backward(saved)
         return y
 
-    assert gradient.direct is not None
-    directly = getattr(C, gradient.direct)
-
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        args = dy, *ctx.saved_tensors, *ctx.arguments
-        if not torch.is_grad_enabled() and direct():
-            dx = directly(*args, threads())
-            if dx is not None:
-                return dx, None
-        return gradient(*args), None
+        return gradient(dy, *ctx.saved_tensors, *ctx.arguments), None
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return applier(type(name, (torch.autograd.Function,), members))

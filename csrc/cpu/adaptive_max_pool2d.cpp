@@ -13,42 +13,30 @@ template <class T>
 void forward_nchw(const AdaptiveMaxPool2dParams& p) {
   using C = compute_t<T>;
   using I = int_t<C>;
-  const int64_t unit_rows = rows_per_unit(p.n * p.c, p.p), units_each = ceil_div(p.p, unit_rows);
   int64_t most = 0;
   for (int64_t q = 0; q < p.q; ++q) most = max64(most, adaptive_end(q, p.w, p.q) - adaptive_start(q, p.w, p.q));
-  Arena measured{nullptr};
-  const TallWindows<C> sizes(measured, p.w, p.q, most);
-  const ScratchPieces scratch(p.threads, measured.used);
-#pragma omp parallel num_threads(p.threads)
-  {
-    Arena arena{static_cast<char*>(scratch.piece(omp_get_thread_num()))};
-    TallWindows<C> windows(arena, p.w, p.q, most);
-    windows.clear();
-    for (int64_t q = 0; q < p.q; ++q) {
-      const int64_t w0 = adaptive_start(q, p.w, p.q);
-      windows.set(q, adaptive_end(q, p.w, p.q) - w0, w0, 1, w0);
-    }
-#pragma omp for schedule(static)
-    for (int64_t unit = 0; unit < p.n * p.c * units_each; ++unit) {
-      const int64_t plane = unit / units_each, from = unit % units_each * unit_rows, to = min64(from + unit_rows, p.p);
-      const T* const x = static_cast<const T*>(p.x) + plane * p.h * p.w;
-      for (int64_t i = from; i < to + 2; ++i) {
-        if (i < to) {
-          const int64_t h0 = adaptive_start(i, p.h, p.p);
-          windows.read(i % 2, x + h0 * p.w, p.w, h0, adaptive_end(i, p.h, p.p));
+  for_tall_rows<C>(
+      p.threads, p.n * p.c, p.p, p.w, p.q, most,
+      [&](auto& windows) {
+        for (int64_t q = 0; q < p.q; ++q) {
+          const int64_t w0 = adaptive_start(q, p.w, p.q);
+          windows.set(q, adaptive_end(q, p.w, p.q) - w0, w0, 1, w0);
         }
-        if (i - 1 >= from && i - 1 < to) windows.pick((i - 1) % 2);
-        if (i - 2 < from) continue;
-        const int64_t out = (plane * p.p + i - 2) * p.q;
+      },
+      [&](auto& windows, int64_t plane, int64_t i) {
+        const int64_t h0 = adaptive_start(i, p.h, p.p);
+        const T* const x = static_cast<const T*>(p.x) + (plane * p.h + h0) * p.w;
+        windows.read(i % 2, x, p.w, h0, adaptive_end(i, p.h, p.p));
+      },
+      [&](const auto& windows, int64_t plane, int64_t i) {
+        const int64_t out = (plane * p.p + i) * p.q;
         for (int64_t q = 0; q < p.q; q += lanes<C>) {
           const auto best = windows.at(i % 2, q);
           const int part = part_of<C>(q, p.q);
           store_n(static_cast<T*>(p.y) + out + q, best.value, part);
           store_i64_n<C>(p.indices + out + q, best.row * static_cast<I>(p.w) + best.tap, part);
         }
-      }
-    }
-  }
+      });
 }
 
 // The best of a window's cells, kVectors vectors of channels.

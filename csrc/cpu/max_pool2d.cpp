@@ -163,36 +163,26 @@ void forward_nchw_tall(const MaxPool2dParams& p) {
   using I = int_t<C>;
   const Windows& v = p.windows;
   const Steps steps(p.mode, v, p.w);
-  const int64_t unit_rows = rows_per_unit(p.n * p.c, p.p), units_each = ceil_div(p.p, unit_rows);
-  const int64_t most = min64(v.kernel_w, ceil_div(p.w, v.dilation_w));
-  Arena measured{nullptr};
-  const TallWindows<C> sizes(measured, p.w, p.q, most);
-  const ScratchPieces scratch(p.threads, measured.used);
-#pragma omp parallel num_threads(p.threads)
-  {
-    Arena arena{static_cast<char*>(scratch.piece(omp_get_thread_num()))};
-    TallWindows<C> windows(arena, p.w, p.q, most);
-    windows.clear();
-    for (int64_t q = 0; q < p.q; ++q) {
-      const int64_t left = q * v.stride_w - v.pad_w, tap = first_tap(left, v.dilation_w);
-      windows.set(q, last_tap(left, v.kernel_w, v.dilation_w, p.w) - tap, left + tap * v.dilation_w, v.dilation_w, tap);
-    }
-#pragma omp for schedule(static)
-    for (int64_t unit = 0; unit < p.n * p.c * units_each; ++unit) {
-      const int64_t plane = unit / units_each, from = unit % units_each * unit_rows, to = min64(from + unit_rows, p.p);
-      const T* const x = static_cast<const T*>(p.x) + plane * p.h * p.w;
-      for (int64_t i = from; i < to + 2; ++i) {
-        if (i < to) {
-          const int64_t top = i * v.stride_h - v.pad_h, r0 = first_tap(top, v.dilation_h);
-          const int64_t r1 = last_tap(top, v.kernel_h, v.dilation_h, p.h);
-          if (r0 < r1) windows.read(i % 2, x + (top + r0 * v.dilation_h) * p.w, v.dilation_h * p.w, r0, r1);
+  for_tall_rows<C>(
+      p.threads, p.n * p.c, p.p, p.w, p.q, min64(v.kernel_w, ceil_div(p.w, v.dilation_w)),
+      [&](auto& windows) {
+        for (int64_t q = 0; q < p.q; ++q) {
+          const int64_t left = q * v.stride_w - v.pad_w, tap = first_tap(left, v.dilation_w);
+          windows.set(q, last_tap(left, v.kernel_w, v.dilation_w, p.w) - tap, left + tap * v.dilation_w, v.dilation_w,
+                      tap);
         }
-        if (i - 1 >= from && i - 1 < to) windows.pick((i - 1) % 2);
-        if (i - 2 < from) continue;
-        const int64_t pp = i - 2, top = pp * v.stride_h - v.pad_h, out = (plane * p.p + pp) * p.q;
+      },
+      [&](auto& windows, int64_t plane, int64_t i) {
+        const int64_t top = i * v.stride_h - v.pad_h, r0 = first_tap(top, v.dilation_h);
+        const int64_t r1 = last_tap(top, v.kernel_h, v.dilation_h, p.h);
+        const T* const x = static_cast<const T*>(p.x) + (plane * p.h + top + r0 * v.dilation_h) * p.w;
+        if (r0 < r1) windows.read(i % 2, x, v.dilation_h * p.w, r0, r1);
+      },
+      [&](const auto& windows, int64_t plane, int64_t i) {
+        const int64_t top = i * v.stride_h - v.pad_h, out = (plane * p.p + i) * p.q;
         const bool rows = first_tap(top, v.dilation_h) < last_tap(top, v.kernel_h, v.dilation_h, p.h);
         for (int64_t q = 0; q < p.q; q += lanes<C>) {
-          const auto best = windows.at(pp % 2, q);
+          const auto best = windows.at(i % 2, q);
           const ivec<C> none = rows ? best.tap < 0 : ivec<C>{} - 1;
           const int part = part_of<C>(q, p.q);
           store_n(static_cast<T*>(p.y) + out + q, none ? set1(kLowest<C>) : best.value, part);
@@ -203,9 +193,7 @@ void forward_nchw_tall(const MaxPool2dParams& p) {
             store_choice<C>(p.choice, p.mode, out + q, choice | none, base, part);
           }
         }
-      }
-    }
-  }
+      });
 }
 
 template <class T, bool kPick>

@@ -3,6 +3,8 @@
 // side are one vector then: their first columns, their second ones, and so on.
 #pragma once
 
+#include <omp.h>
+
 #include "cpu/pool_rows.h"
 
 namespace cnnops::CNNOPS_ISA {
@@ -93,6 +95,33 @@ class TallWindows {
   C *values_, *picked_;
   I *rows_, *picked_rows_, *column_, *tap_;
 };
+
+// Calls write(plane, row, windows) for every row of windows of all planes. set(windows) describes `count` windows of a row of
+// w cells, and read(windows, plane, row) reads the rows that they lie in.
+template <class C, class Set, class Read, class Write>
+void for_tall_rows(int threads, int64_t planes, int64_t rows, int64_t w, int64_t count, int64_t most, const Set& set,
+                   const Read& read, const Write& write) {
+  const int64_t unit_rows = rows_per_unit(planes, rows), units_each = ceil_div(rows, unit_rows);
+  Arena measured{nullptr};
+  const TallWindows<C> sizes(measured, w, count, most);
+  const ScratchPieces scratch(threads, measured.used);
+#pragma omp parallel num_threads(threads)
+  {
+    Arena arena{static_cast<char*>(scratch.piece(omp_get_thread_num()))};
+    TallWindows<C> windows(arena, w, count, most);
+    windows.clear();
+    set(windows);
+#pragma omp for schedule(static)
+    for (int64_t unit = 0; unit < planes * units_each; ++unit) {
+      const int64_t plane = unit / units_each, from = unit % units_each * unit_rows, to = min64(from + unit_rows, rows);
+      for (int64_t i = from; i < to + 2; ++i) {
+        if (i < to) read(windows, plane, i);
+        if (i - 1 >= from && i - 1 < to) windows.pick((i - 1) % 2);
+        if (i - 2 >= from) write(windows, plane, i - 2);
+      }
+    }
+  }
+}
 
 }  // namespace
 }  // namespace cnnops::CNNOPS_ISA

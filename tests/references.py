@@ -408,6 +408,7 @@ CONVOLUTIONS = (
     dict(x=(1, 3, 14, 131), k=3, rs=(5, 5), stride=(2, 2), padding=(4, 2), dilation=(1, 1), groups=3),
     dict(x=(1, 2, 1, 33), k=2, rs=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=2),
     dict(x=(1, 32, 3, 2), k=32, rs=(7, 5), stride=(3, 3), padding=(3, 2), dilation=(1, 1), groups=32),
+    dict(x=(3, 20, 9, 7), k=24, rs=(1, 1), stride=(2, 2), padding=(0, 0), dilation=(1, 1), groups=1),
     dict(x=(1, 4, 6, 6), k=8, rs=(3, 3), stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=4),
     dict(x=(2, 32, 7, 9), k=32, rs=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=8),
     dict(x=(1, 18, 9, 16), k=36, rs=(3, 3), stride=(2, 2), padding=(1, 1), dilation=(1, 1), groups=9),

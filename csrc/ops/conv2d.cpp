@@ -82,6 +82,13 @@ bool has_few_channels(const Conv2dParams& p) {
          p.n * p.p * p.q * p.h * p.w > 0;
 }
 
+bool has_few_planes(const Conv2dParams& p) {
+  constexpr int64_t kFew = 8, kLeastFilters = 8, kLeastColumns = 16, kMostTerms = 512, kMostReach = 32, kMostStride = 8;
+  return p.layout == Layout::nchw && p.groups == 1 && p.c > 0 && p.c <= kFew && p.k >= kLeastFilters && p.r * p.s > 1 &&
+         p.q >= kLeastColumns && p.c * p.r * p.s <= kMostTerms && (p.r - 1) * p.dilation_h < kMostReach &&
+         (p.s - 1) * p.dilation_w < kMostReach && p.stride_w <= kMostStride && p.n * p.p * p.h * p.w > 0;
+}
+
 // NCHW rows much shorter than a tile of pixels: transposing the images costs less than tiles that are not full. Limits as
 // measured on AVX-512 over the layers of resnet50, convnext_tiny and some with kernels of 5x5.
 bool short_rows_pay(const Conv2dParams& p, bool strided_rows_are_short) {

@@ -53,6 +53,12 @@ template <class T>
                            : vec<C>{};
       store_n(dst + i, evens(a, b), static_cast<int>(min64(n - i, lanes<C>)));
     }
+  } else if (step == 4) {
+    for (; i + lanes<C> < n; i += lanes<C>) {  // the last one wanted is not the last one read
+      const T* const from = src + 4 * i;
+      const vec<C> a = evens(load(from), load(from + lanes<C>));
+      store(dst + i, evens(a, evens(load(from + 2 * lanes<C>), load(from + 3 * lanes<C>))));
+    }
   }
   for (; i < n; ++i) dst[i] = load_scalar(src[i * step]);
 }

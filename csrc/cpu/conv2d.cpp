@@ -620,6 +620,7 @@ constexpr int64_t kGradFlush = 24;     // terms of a running sum in channels_las
 constexpr int64_t kGradChannels = 64;  // input channels of a task
 constexpr int64_t kGradFilters = 192;  // output channels of a task: with the chunk, 98 KB of dy
 constexpr int64_t kMaxSlices = 32;
+constexpr int64_t kFewTerms = 160, kCloseFilters = 128;   // channels_last: copying dy would cost more than it saves
 constexpr int64_t kFinishRows = 64, kFinishFilters = 64;  // stored at a time
 
 struct GradPlan {
@@ -628,14 +629,15 @@ struct GradPlan {
   int64_t rows;    // output rows of a chunk
   int64_t chunks;  // of all images
   int64_t strip_rows, strip_columns;
-  int64_t pixel_pitch;   // of a strip in channels_last
-  int64_t terms;         // channels per group * taps
-  int64_t filter_pitch;  // of a partial sum: output channels of a group, in whole vectors
-  bool tap_first;        // a block's terms are ordered (tap, channel), as in dw, and not (channel, tap)
+  int64_t pixel_pitch;    // of a strip in channels_last
+  int64_t terms;          // channels per group * taps
+  int64_t filter_pitch;   // of a partial sum: output channels of a group, in whole vectors
+  bool filters_in_place;  // tiles read dy where it lies
+  bool tap_first;         // a block's terms are ordered (tap, channel), as in dw, and not (channel, tap)
 };
 
 template <class C>
-GradPlan plan_weight_grad(const Conv2dParams& p) {
+GradPlan plan_weight_grad(const Conv2dParams& p, bool in_place) {
   GradPlan g{};
   const int64_t group_c = p.c / p.groups, group_k = p.k / p.groups;
   g.channel_blocks = ceil_div(group_c, kGradChannels);
@@ -652,6 +654,8 @@ GradPlan plan_weight_grad(const Conv2dParams& p) {
   const bool aliases = g.channels * static_cast<int64_t>(sizeof(C)) % 128 == 0;
   g.pixel_pitch = g.channels + (aliases ? 64 / static_cast<int64_t>(sizeof(C)) : 0);
   g.terms = group_c * p.r * p.s;
+  g.filters_in_place = in_place && p.layout == Layout::nhwc && p.groups == 1 && g.terms <= kFewTerms &&
+                       p.k <= kCloseFilters && p.k % lanes<C> == 0;
   g.tap_first = p.weight_stride[1] == 1;
   const int64_t tasks = g.channel_blocks * g.filter_blocks * p.groups;
   g.slices = min64(min64(ceil_div(kWantedTasks, tasks), g.chunks), kMaxSlices);
@@ -769,7 +773,7 @@ void weight_grad(const Conv2dParams& p) {
                        C{0});
     return;
   }
-  const GradPlan g = plan_weight_grad<C>(p);
+  const GradPlan g = plan_weight_grad<C>(p, __is_same(T, C));
   // Partial sums: [slice][group][term][filter].
   const int64_t group_size = g.terms * g.filter_pitch, slice_size = group_size * p.groups;
   Scratch<C> partial(g.slices * slice_size);
@@ -808,19 +812,29 @@ void weight_grad(const Conv2dParams& p) {
       for (int64_t chunk = first; chunk < last; ++chunk) {
         const int64_t n = chunk / row_chunks, row = chunk % row_chunks * g.rows, rows = min64(g.rows, p.p - row);
         copy_strip<T>(p, g, n, row, group * group_c + c0, channels, strip);
-        for (int64_t k = 0; k < pitch; k += kTileColumns<C>) {
-          const int vecs = static_cast<int>(min64(kTileVecs, (pitch - k) / lanes<C>));
-          const int64_t width = vecs * lanes<C>;
-          copy_filters<T>(p, n, row, rows, group * group_k + k0 + k, min64(width, group_k - k0 - k), width, filters);
+        const int64_t vectors = pitch / lanes<C>, panels = ceil_div(vectors, kTileVecs);
+        for (int64_t panel = 0; panel < panels; ++panel) {
+          const int64_t k = vectors * panel / panels * lanes<C>;
+          const int64_t width = vectors * (panel + 1) / panels * lanes<C> - k;
+          const int vecs = static_cast<int>(width / lanes<C>);
+          const C* columns = filters;
+          int64_t column_step = width;
+          if (g.filters_in_place) {
+            if constexpr (__is_same(T, C))
+              columns = static_cast<const T*>(p.y) + ((n * p.p + row) * p.q) * p.k + k0 + k;
+            column_step = p.k;
+          } else {
+            copy_filters<T>(p, n, row, rows, group * group_k + k0 + k, min64(width, group_k - k0 - k), width, filters);
+          }
           for (int64_t i = 0; i < terms; i += kTileRows) {
             const int tile_rows = static_cast<int>(min64(kTileRows, terms - i));
             C* const to = sums + i * g.filter_pitch + k;
             if (neighbours(offset + i, tile_rows))
               gemm_tile<C>(tile_rows, vecs, ColumnRows<C>{strip + offset[i], p.stride_w * step_w, p.stride_h * step_h},
-                           filters, width, p.q, rows, to, g.filter_pitch, chunk > first, flush);
+                           columns, column_step, p.q, rows, to, g.filter_pitch, chunk > first, flush);
             else
               gemm_tile<C>(tile_rows, vecs, OffsetRows<C>{strip, offset + i, p.stride_w * step_w, p.stride_h * step_h},
-                           filters, width, p.q, rows, to, g.filter_pitch, chunk > first, flush);
+                           columns, column_step, p.q, rows, to, g.filter_pitch, chunk > first, flush);
           }
         }
       }

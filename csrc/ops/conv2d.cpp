@@ -89,6 +89,9 @@ bool has_few_planes(const Conv2dParams& p) {
          (p.s - 1) * p.dilation_w < kMostReach && p.stride_w <= kMostStride && p.n * p.p * p.h * p.w > 0;
 }
 
+// Rows that fill vectors of 16 pixels.
+bool has_few_planes_of_16(const Conv2dParams& p) { return has_few_planes(p) && 8 * round_up(p.q, 16) <= 9 * p.q; }
+
 // NCHW rows much shorter than a tile of pixels: transposing the images costs less than tiles that are not full. Limits as
 // measured on AVX-512 over the layers of resnet50, convnext_tiny and some with kernels of 5x5.
 bool short_rows_pay(const Conv2dParams& p, bool strided_rows_are_short) {

@@ -812,6 +812,7 @@ void weight_grad(const Conv2dParams& p) {
       for (int64_t chunk = first; chunk < last; ++chunk) {
         const int64_t n = chunk / row_chunks, row = chunk % row_chunks * g.rows, rows = min64(g.rows, p.p - row);
         copy_strip<T>(p, g, n, row, group * group_c + c0, channels, strip);
+        constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(C));
         const int64_t vectors = pitch / lanes<C>, panels = ceil_div(vectors, kTileVecs);
         for (int64_t panel = 0; panel < panels; ++panel) {
           const int64_t k = vectors * panel / panels * lanes<C>;
@@ -829,12 +830,20 @@ void weight_grad(const Conv2dParams& p) {
           for (int64_t i = 0; i < terms; i += kTileRows) {
             const int tile_rows = static_cast<int>(min64(kTileRows, terms - i));
             C* const to = sums + i * g.filter_pitch + k;
+            const int64_t step = p.stride_w * step_w, run = p.stride_h * step_h;
+            const auto multiply = [&](const auto& tile) {
+              gemm_tile<C>(tile_rows, vecs, tile, columns, column_step, p.q, rows, to, g.filter_pitch, chunk > first,
+                           flush);
+            };
             if (neighbours(offset + i, tile_rows))
-              gemm_tile<C>(tile_rows, vecs, ColumnRows<C>{strip + offset[i], p.stride_w * step_w, p.stride_h * step_h},
-                           columns, column_step, p.q, rows, to, g.filter_pitch, chunk > first, flush);
+              multiply(ColumnRows<C>{strip + offset[i], step, run});
+            else if (g.filters_in_place)  // the next chunk's pixels, a line of the cache of each
+              multiply(FetchingRows<C>{
+                  strip, offset + i, step, run,
+                  reinterpret_cast<const char*>(columns + rows * p.q * column_step + i / kTileRows * line % width),
+                  column_step * static_cast<int64_t>(sizeof(C))});
             else
-              gemm_tile<C>(tile_rows, vecs, OffsetRows<C>{strip, offset + i, p.stride_w * step_w, p.stride_h * step_h},
-                           columns, column_step, p.q, rows, to, g.filter_pitch, chunk > first, flush);
+              multiply(OffsetRows<C>{strip, offset + i, step, run});
           }
         }
       }

@@ -2,12 +2,13 @@
 //
 //   c[i][:] (+)= sum over kk < len of a(i, kk) * b[kk][:]          summed over `runs` such runs, a and b moving on between
 //
-// where a is broadcast and b is a panel of contiguous vectors. Five ways to read `a` serve all passes:
+// where a is broadcast and b is a panel of contiguous vectors. Six ways to read `a` serve all passes:
 //   PackedRows    a(i, kk) = base[kk * kStride + i]       weights packed for NCHW outputs
 //   PitchedRows   a(i, kk) = base[i * pitch + kk]         pixels of channels_last images
 //   ColumnRows    a(i, kk) = base[kk * pitch + i]         the same for weight gradients, whose reduction is over pixels
 //   PanelRows     ColumnRows that meanwhile call something else from memory
 //   OffsetRows    a(i, kk) = base[offset[i] + kk * step]  (tap, channel) pairs of an image strip, for weight gradients
+//   FetchingRows  OffsetRows that meanwhile call something else from memory
 //
 // The tile is as large as the registers allow: kTileRows * kTileVecs accumulators, kTileVecs loads of b and one broadcast.
 #pragma once
@@ -67,6 +68,17 @@ struct OffsetRows {
   [[gnu::always_inline]] C at(int i, int64_t kk) const { return base[offset[i] + kk * step]; }
 };
 
+template <class C>
+struct FetchingRows {
+  const C* base;
+  const int64_t* offset;
+  int64_t step;
+  int64_t run;
+  const char* ahead;  // as in PanelRows
+  int64_t ahead_step;
+  [[gnu::always_inline]] C at(int i, int64_t kk) const { return base[offset[i] + kk * step]; }
+};
+
 // What is packed next: rows of `bytes` bytes, `step` bytes apart. Tiles of `length` terms call it from memory while they
 // work, each a line of the cache of `length` rows.
 struct Ahead {
@@ -104,7 +116,8 @@ void gemm_tile(Rows a, const C* b, int64_t b_step, int64_t len, int64_t runs, co
     for (int64_t begin = 0; begin < len;) {
       const int64_t end = begin + flush < len ? begin + flush : len;
       for (int64_t kk = begin; kk < end; ++kk, b += b_step) {
-        if constexpr (__is_same(Rows, PanelRows<C>)) __builtin_prefetch(a.ahead + kk * a.ahead_step, 0, 2);
+        if constexpr (__is_same(Rows, PanelRows<C>) || __is_same(Rows, FetchingRows<C>))
+          __builtin_prefetch(a.ahead + kk * a.ahead_step, 0, 2);
         vec<C> bv[kVecs];
 #pragma GCC unroll 4
         for (int v = 0; v < kVecs; ++v) bv[v] = load(b + v * lanes<C>);

@@ -28,6 +28,8 @@ constexpr int64_t kMostTurned = 64;                           // channels: dw is
 // not depend on threads.
 constexpr int64_t kMostTasks = 16, kLeastTasks = 4, kTaskProducts = 2 << 20;
 
+constexpr int64_t kCloseChannels =
+    128;                          // channels_last: pixels share no set of L1, and packing costs more than it saves
 constexpr int64_t kTogether = 8;  // pixels: their channels fit L1
 
 // Filters of a panel: rows of tiles, and blocks of 8 for transpose().
@@ -40,8 +42,9 @@ struct Plan {
   int64_t group_c, group_k;
   int64_t channels, filters;  // of a block, at most; channels in whole vectors
   int64_t channel_blocks, filter_blocks, slices;
-  int64_t rows;  // of dy, all images'
-  bool direct;   // dw itself is the one Z
+  int64_t rows;   // of dy, all images'
+  bool direct;    // dw itself is the one Z
+  bool in_place;  // tiles read both images where they lie
 };
 
 template <class T>
@@ -66,6 +69,8 @@ Plan plan_of(const Conv2dParams& p) {
   }
   g.slices = min64(ceil_div(wanted, g.channel_blocks * g.filter_blocks * p.groups), g.slices);
   g.direct = __is_same(T, C) && g.slices == 1 && g.group_c % lanes<C> == 0 && p.weight_stride[1] == 1;
+  g.in_place = __is_same(T, C) && p.layout == Layout::nhwc && p.n == 1 && p.groups == 1 && p.h * p.w == p.p * p.q &&
+               p.c % lanes<C> == 0 && max64(p.c, p.k) <= kCloseChannels;
   return g;
 }
 
@@ -187,17 +192,20 @@ struct Task {
     for (int64_t i = 0; i < filter_panels; ++i) rows[i] = {i * kPanelFilters, kPanelFilters, w + i * kFilterPanel<C>};
   }
 
-  // Meanwhile the next pixels are called from memory.
-  void multiply(const Ahead& next_x, const Ahead& next_dy) {
+  // Adds the product of `filled` pixels. `x_pixels` and `dy_pixels` are where they lie, if they are not packed. Meanwhile the
+  // next pixels are called from memory.
+  void multiply(const C* x_pixels, const C* dy_pixels, const Ahead& next_x, const Ahead& next_dy) {
     const int64_t x_tiles = next_x.tiles(filled);
     for (int64_t i = 0, tile = 0; filled > 0 && i < channel_panels; ++i) {
       const Panel<C>& panel = columns[i];
       for (int64_t k = 0; k < filters; k += kTileRows, ++tile) {
-        const C* const base = rows[k / kPanelFilters].to + k % kPanelFilters;
+        const C* const base = dy_pixels ? dy_pixels + k : rows[k / kPanelFilters].to + k % kPanelFilters;
+        const int64_t pitch = dy_pixels ? p.k : kPanelFilters;
         gemm_tile<C>(static_cast<int>(min64(kTileRows, filters - k)), static_cast<int>(panel.width / lanes<C>),
-                     tile < x_tiles ? next_x.rows_of_tile(tile, filled, base, kPanelFilters)
-                                    : next_dy.rows_of_tile(tile - x_tiles, filled, base, kPanelFilters),
-                     panel.to, panel.width, filled, 1, z + k * z_pitch + panel.first, z_pitch, add, kFlush);
+                     tile < x_tiles ? next_x.rows_of_tile(tile, filled, base, pitch)
+                                    : next_dy.rows_of_tile(tile - x_tiles, filled, base, pitch),
+                     x_pixels ? x_pixels + panel.first : panel.to, x_pixels ? p.c : panel.width, filled, 1,
+                     z + k * z_pitch + panel.first, z_pitch, add, kFlush);
       }
     }
     filled = 0;
@@ -208,6 +216,18 @@ struct Task {
   void run(int64_t first, int64_t last) {
     const Grid x_grid = grid_of_x(p), dy_grid = grid_of_dy(p);
     cut_into_panels();
+    if constexpr (__is_same(T, C)) {
+      if (g.in_place) {
+        const int64_t end = last * p.q;
+        for (int64_t q = first * p.q; q < end; q += kPixels) {
+          filled = min64(kPixels, end - q);
+          const int64_t next = min64(kPixels, end - q - filled);
+          multiply(x + q * p.c, dy + q * p.k, ahead_of(x, x_grid, q + filled, next, channels),
+                   ahead_of(dy, dy_grid, q + filled, next, filters));
+        }
+        return;
+      }
+    }
     // Lanes beyond the last channel are computed and thrown away; zeros keep them finite.
     const Panel<C>& end = columns[channel_panels - 1];
     for (int64_t i = 0; end.first + end.width > channels && i < kPixels; ++i)
@@ -219,7 +239,8 @@ struct Task {
         const T* const dy_image = dy + n * p.k * p.p * p.q;
         if (filled == kPixels) {
           const int64_t next = min64(kPixels, end - q);
-          multiply(ahead_of(x_image, x_grid, q, next, channels), ahead_of(dy_image, dy_grid, q, next, filters));
+          multiply(nullptr, nullptr, ahead_of(x_image, x_grid, q, next, channels),
+                   ahead_of(dy_image, dy_grid, q, next, filters));
         }
         const int64_t count = min64(kPixels - filled, end - q);
         pack<0>(x_image, x_grid, q, count, channels, columns, channel_panels, filled, line);
@@ -229,7 +250,7 @@ struct Task {
       }
       row += image_rows;
     }
-    multiply({}, {});
+    multiply(nullptr, nullptr, {}, {});
   }
 };
 

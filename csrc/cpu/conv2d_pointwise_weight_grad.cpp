@@ -28,8 +28,8 @@ constexpr int64_t kMostTurned = 64;                           // channels: dw is
 // not depend on threads.
 constexpr int64_t kMostTasks = 16, kLeastTasks = 4, kTaskProducts = 2 << 20;
 
-constexpr int64_t kCloseChannels =
-    128;                          // channels_last: pixels share no set of L1, and packing costs more than it saves
+// A power of two that divides the bytes from pixel to pixel: above it, pixels share few sets of L1.
+constexpr int64_t kMostAligned = 512;
 constexpr int64_t kTogether = 8;  // pixels: their channels fit L1
 
 // Filters of a panel: rows of tiles, and blocks of 8 for transpose().
@@ -42,9 +42,9 @@ struct Plan {
   int64_t group_c, group_k;
   int64_t channels, filters;  // of a block, at most; channels in whole vectors
   int64_t channel_blocks, filter_blocks, slices;
-  int64_t rows;   // of dy, all images'
-  bool direct;    // dw itself is the one Z
-  bool in_place;  // tiles read both images where they lie
+  int64_t rows;                  // of dy, all images'
+  bool direct;                   // dw itself is the one Z
+  bool x_in_place, dy_in_place;  // tiles read them where they lie
 };
 
 template <class T>
@@ -69,8 +69,10 @@ Plan plan_of(const Conv2dParams& p) {
   }
   g.slices = min64(ceil_div(wanted, g.channel_blocks * g.filter_blocks * p.groups), g.slices);
   g.direct = __is_same(T, C) && g.slices == 1 && g.group_c % lanes<C> == 0 && p.weight_stride[1] == 1;
-  g.in_place = __is_same(T, C) && p.layout == Layout::nhwc && p.n == 1 && p.groups == 1 && p.h * p.w == p.p * p.q &&
-               p.c % lanes<C> == 0 && max64(p.c, p.k) <= kCloseChannels;
+  const bool close = __is_same(T, C) && p.layout == Layout::nhwc && p.n == 1 && p.groups == 1 && p.h * p.w == p.p * p.q;
+  const auto spread = [](int64_t bytes) { return (bytes & -bytes) <= kMostAligned; };
+  g.x_in_place = close && p.c % lanes<C> == 0 && spread(p.c * static_cast<int64_t>(sizeof(C)));
+  g.dy_in_place = close && spread(p.k * static_cast<int64_t>(sizeof(C)));
   return g;
 }
 
@@ -216,22 +218,24 @@ struct Task {
   void run(int64_t first, int64_t last) {
     const Grid x_grid = grid_of_x(p), dy_grid = grid_of_dy(p);
     cut_into_panels();
-    if constexpr (__is_same(T, C)) {
-      if (g.in_place) {
-        const int64_t end = last * p.q;
-        for (int64_t q = first * p.q; q < end; q += kPixels) {
-          filled = min64(kPixels, end - q);
-          const int64_t next = min64(kPixels, end - q - filled);
-          multiply(x + q * p.c, dy + q * p.k, ahead_of(x, x_grid, q + filled, next, channels),
-                   ahead_of(dy, dy_grid, q + filled, next, filters));
-        }
-        return;
-      }
-    }
     // Lanes beyond the last channel are computed and thrown away; zeros keep them finite.
     const Panel<C>& end = columns[channel_panels - 1];
     for (int64_t i = 0; end.first + end.width > channels && i < kPixels; ++i)
       zero_run(end.to + i * end.width + channels - end.first, end.first + end.width - channels);
+    if constexpr (__is_same(T, C)) {
+      if (g.x_in_place || g.dy_in_place) {
+        const int64_t end = last * p.q;
+        for (int64_t q = first * p.q; q < end; q += kPixels) {
+          const int64_t count = min64(kPixels, end - q), next = min64(kPixels, end - q - count);
+          if (!g.x_in_place) pack<0>(x, x_grid, q, count, channels, columns, channel_panels, 0, line);
+          if (!g.dy_in_place) pack<kPanelFilters>(dy, dy_grid, q, count, filters, rows, filter_panels, 0, line);
+          filled = count;
+          multiply(g.x_in_place ? x + q * p.c : nullptr, g.dy_in_place ? dy + q * p.k : nullptr,
+                   ahead_of(x, x_grid, q + count, next, channels), ahead_of(dy, dy_grid, q + count, next, filters));
+        }
+        return;
+      }
+    }
     for (int64_t row = first; row < last;) {
       const int64_t n = row / p.p, image_rows = min64(p.p - row % p.p, last - row);
       for (int64_t q = row % p.p * p.q, end = q + image_rows * p.q; q < end;) {

@@ -412,6 +412,7 @@ CONVOLUTIONS = (
     dict(x=(1, 5, 11, 42), k=8, rs=(7, 7), stride=(2, 3), padding=(3, 5), dilation=(2, 1), groups=1),
     dict(x=(2, 2, 37, 44), k=9, rs=(2, 3), stride=(1, 1), padding=(0, 2), dilation=(3, 2), groups=1),
     dict(x=(1, 3, 8, 124), k=9, rs=(4, 4), stride=(4, 4), padding=(0, 1), dilation=(1, 1), groups=1),
+    dict(x=(1, 48, 5, 7), k=150, rs=(1, 1), stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1),
     dict(x=(3, 20, 9, 7), k=24, rs=(1, 1), stride=(2, 2), padding=(0, 0), dilation=(1, 1), groups=1),
     dict(x=(1, 4, 6, 6), k=8, rs=(3, 3), stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=4),
     dict(x=(2, 32, 7, 9), k=32, rs=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=8),

@@ -425,7 +425,14 @@ void compute_block(const Problem<T>& g, const Panels<compute_t<T>>& panels, cons
         find_pixels(g, g.input + c0, g.taps[t0], runs, run_count, offset);
       for (int64_t panel = first_panel; panel < last_panel; ++panel) {
         const int64_t m = panels.begin(panel), width = panels.width(panel);
-        const C* const columns = panel_weights(m, width);
+        const C* columns = nullptr;
+        int64_t column_step = width;
+        if (g.weights_in_place) {
+          if constexpr (__is_same(T, C)) columns = from.data + m + c0 * from.stride_c + g.taps[0].weight;
+          column_step = from.stride_c;
+        } else {
+          columns = panel_weights(m, width);
+        }
         const int vecs = static_cast<int>(width / lanes<C>);
         for (int64_t at = 0; at < pixels; at += kTileRows) {
           const int row_count = static_cast<int>(min64(kTileRows, pixels - at));
@@ -441,14 +448,14 @@ void compute_block(const Problem<T>& g, const Panels<compute_t<T>>& panels, cons
           }
           if (g.filter_columns) {
             const OffsetRows<C> rows{packed, offset + at, 1, g.strip_pitch};
-            gemm_tile<C>(row_count, vecs, rows, columns, width, g.filter_columns * g.in_channels,
+            gemm_tile<C>(row_count, vecs, rows, columns, column_step, g.filter_columns * g.in_channels,
                          chunk.lattice.count / g.filter_columns, to);
             continue;
           }
           if constexpr (__is_same(T, C)) {
             if (in_place && !in_rows) {
               const OffsetRows<C> rows{g.input + c0, offset + at, 1, 0};
-              gemm_tile<C>(row_count, vecs, rows, columns, width, terms, 1, to);
+              gemm_tile<C>(row_count, vecs, rows, columns, column_step, terms, 1, to);
               continue;
             }
           }
@@ -456,7 +463,7 @@ void compute_block(const Problem<T>& g, const Panels<compute_t<T>>& panels, cons
           if constexpr (__is_same(T, C)) {
             if (in_rows) rows = {g.input + (begin + at) * g.in.w + c0, g.in.w};
           }
-          gemm_tile<C>(row_count, vecs, rows, columns, width, terms, 1, to);
+          gemm_tile<C>(row_count, vecs, rows, columns, column_step, terms, 1, to);
         }
       }
     }
@@ -549,8 +556,9 @@ void run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
   // Weights that few blocks of pixels share are packed by each task, chunk by chunk, and never leave its cache.
   const int64_t block_channels = ceil_div(panels.count, filter_blocks) * max64(kTileRows, kTileColumns<C>);
   const int64_t chunk_weights_size = round_up(block_channels * g.chunk_channels * count, 64);
-  g.weights_in_place = __is_same(T, C) && p.layout == Layout::nchw && count == 1 && pixel_blocks <= kFewBlocks &&
-                       (all_weights.stride_m == 1 || all_weights.stride_c == 1);
+  g.weights_in_place = __is_same(T, C) && count == 1 && pixel_blocks <= kFewBlocks &&
+                       (p.layout == Layout::nchw ? all_weights.stride_m == 1 || all_weights.stride_c == 1
+                                                 : all_weights.stride_m == 1 && g.out_channels % lanes<C> == 0);
   const bool pack_all = !g.weights_in_place && (pixel_blocks > kFewBlocks || chunk_weights_size > kChunkWeights);
   Scratch<C> packed_weights(pack_all ? group_weights * p.groups : 0);
   const int64_t pixel_columns = round_up(block_pixels, kTileColumns<C>);

@@ -73,10 +73,17 @@ template <class C>
 
 [[gnu::always_inline]] inline vec<float> load(const float* p) { return *reinterpret_cast<const vec<float>*>(p); }
 [[gnu::always_inline]] inline vec<double> load(const double* p) { return *reinterpret_cast<const vec<double>*>(p); }
-[[gnu::always_inline]] inline vec<float> load(const bf16* p) {
-  const u16v bits = *reinterpret_cast<const u16v*>(p);
+// Bits of bf16 to floats, and back.
+[[gnu::always_inline]] inline vec<float> widen(u16v bits) {
   return reinterpret_cast<vec<float>>(__builtin_convertvector(bits, u32v) << 16);
 }
+[[gnu::always_inline]] inline u16v narrow(vec<float> v) {
+  const u32v bits = reinterpret_cast<u32v>(v);
+  const u32v rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const u32v quiet = (bits >> 16) | 0x40u;
+  return __builtin_convertvector((v == v) ? rounded : quiet, u16v);
+}
+[[gnu::always_inline]] inline vec<float> load(const bf16* p) { return widen(*reinterpret_cast<const u16v*>(p)); }
 [[gnu::always_inline]] inline vec<float> load(const f16* p) {
 #if CNNOPS_ISA_avx512
   return reinterpret_cast<vec<float>>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
@@ -91,13 +98,7 @@ template <class C>
 
 [[gnu::always_inline]] inline void store(float* p, vec<float> v) { *reinterpret_cast<vec<float>*>(p) = v; }
 [[gnu::always_inline]] inline void store(double* p, vec<double> v) { *reinterpret_cast<vec<double>*>(p) = v; }
-[[gnu::always_inline]] inline void store(bf16* p, vec<float> v) {
-  const u32v bits = reinterpret_cast<u32v>(v);
-  const u32v rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const u32v quiet = (bits >> 16) | 0x40u;
-  const u32v out = (v == v) ? rounded : quiet;
-  *reinterpret_cast<u16v*>(p) = __builtin_convertvector(out, u16v);
-}
+[[gnu::always_inline]] inline void store(bf16* p, vec<float> v) { *reinterpret_cast<u16v*>(p) = narrow(v); }
 [[gnu::always_inline]] inline void store(f16* p, vec<float> v) {
 #if CNNOPS_ISA_avx512
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
@@ -121,10 +122,11 @@ template <class T>
   } else if constexpr (sizeof(T) == 8) {
     return reinterpret_cast<vec<double>>(_mm512_maskz_loadu_pd((1u << n) - 1, p));
   } else {
-    T buffer[kLanes];
     const __m256i bits = _mm256_maskz_loadu_epi16((1u << n) - 1, p);
-    std::memcpy(buffer, &bits, sizeof buffer);
-    return load(buffer);
+    if constexpr (std::is_same_v<T, f16>)
+      return reinterpret_cast<vec<float>>(_mm512_cvtph_ps(bits));
+    else
+      return widen(reinterpret_cast<u16v>(bits));
   }
 #else
   T buffer[kLanes] = {};
@@ -143,11 +145,19 @@ template <class T>
   } else if constexpr (sizeof(T) == 8) {
     _mm512_mask_storeu_pd(p, (1u << n) - 1, reinterpret_cast<__m512d>(v));
     return;
+  } else if constexpr (std::is_same_v<T, f16>) {
+    const __m256i bits = _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm256_mask_storeu_epi16(p, (1u << n) - 1, bits);
+    return;
+  } else {
+    _mm256_mask_storeu_epi16(p, (1u << n) - 1, reinterpret_cast<__m256i>(narrow(v)));
+    return;
   }
-#endif
+#else
   T buffer[kLanes];
   store(buffer, v);
   for (int i = 0; i < n; ++i) p[i] = buffer[i];
+#endif
 }
 
 // The first n lanes as they are, the others zero.

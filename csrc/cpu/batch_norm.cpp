@@ -1,6 +1,9 @@
 // Batch normalization in two passes: sums, then elements (one in evaluation, where backward makes its sums and dx
-// together). Channels of NCHW that fit the cache take both passes one after the other, and memory is read once. The work is cut as BatchNormPlan says, never by the number of threads; each unit leaves its
-// sums in the workspace and every channel adds its partial sums in the order of the units.
+// together). Channels of NCHW that fit the cache take both passes one after the other, and memory is read once; each
+// thread has channels of its own then, and short planes are gone through several at a time. Rows stay whole and in
+// order: blocks of columns for each thread were faster from the near cache, and up to 4 times slower where the threads'
+// prefetchers took lines from each other. The sums of a channel are cut as BatchNormPlan says, never by the number of
+// threads: each unit leaves its own in the workspace, and every channel adds them in the order of the units.
 //
 // Per column (a channel, or one of the pixels of it that share a row) the coefficients m, a, b of z = (x - m) a + b are
 // rounded to the compute type once. m is the mean rounded, and b takes what that lost: x - m is exact where x is close
@@ -18,22 +21,31 @@ namespace {
 
 constexpr int64_t kColumns = BatchNormPlan::kBlockColumns;
 
-// What a unit covers: rows of `columns` elements, `stride` apart, from element `begin` of the image and column `column`
-// of the coefficients. A piece of a plane is one row, all of one column.
+// Rows of `columns` elements, `stride` apart, from element `begin` of the image on, and where their coefficients and
+// partial sums are: of a block of a matrix, one each per column, from `column` and `partial` on; of planes (or pieces
+// of them), which are rows here, one each per row.
 struct Block {
   int64_t begin, rows, columns, stride, column, partial;
 };
 
-// Calls f(block) for the full rows of a unit and for the partial row that may follow them.
+// Calls f(block) for the full rows of a row block, from column `first` on, and for the partial row that may follow
+// them.
 template <class Function>
-[[gnu::always_inline]] inline void for_blocks(const BatchNormPlan& plan, int64_t unit, const Function& f) {
-  const int64_t block = unit / plan.column_blocks, column = unit % plan.column_blocks * kColumns;
-  const int64_t row = block * BatchNormPlan::kBlockRows;
-  const int64_t rows = min64(plan.rows - row, BatchNormPlan::kBlockRows);
-  const int64_t columns = min64(plan.width - column, kColumns), partial = block * plan.width + column;
-  if (rows > 0) f(Block{row * plan.width + column, rows, columns, plan.width, column, partial});
-  if (block == plan.row_blocks - 1 && plan.tail > column)
-    f(Block{plan.rows * plan.width + column, 1, min64(plan.tail - column, kColumns), plan.width, column, partial});
+[[gnu::always_inline]] inline void for_blocks(const BatchNormPlan& plan, int64_t row_block, int64_t first,
+                                              int64_t columns, const Function& f) {
+  const int64_t row = row_block * plan.block_rows, rows = min64(plan.rows - row, plan.block_rows);
+  const int64_t partial = row_block * plan.width + first;
+  if (rows > 0) f(Block{row * plan.width + first, rows, columns, plan.width, first, partial});
+  if (row_block == plan.row_blocks - 1 && plan.tail > first)
+    f(Block{plan.rows * plan.width + first, 1, min64(plan.tail - first, columns), plan.width, first, partial});
+}
+// The part of the matrix that a unit is.
+struct Part {
+  int64_t row_block, first, columns;
+};
+Part matrix_part(const BatchNormPlan& plan, int64_t unit) {
+  const int64_t first = unit % plan.column_blocks * plan.block_columns;
+  return {unit / plan.column_blocks, first, min64(plan.width - first, plan.block_columns)};
 }
 Block plane_piece(const BatchNormParams& p, const BatchNormPlan& plan, int64_t unit) {
   const int64_t plane = unit / plan.pieces, at = unit % plan.pieces * plan.piece;
@@ -43,34 +55,41 @@ Block plane_piece(const BatchNormParams& p, const BatchNormPlan& plan, int64_t u
 
 // Elements that the partial sum of column `column` (of row block `block`) covers.
 int64_t block_count(const BatchNormPlan& plan, int64_t block, int64_t column) {
-  const int64_t rows = min64(plan.rows - block * BatchNormPlan::kBlockRows, BatchNormPlan::kBlockRows);
+  const int64_t rows = min64(plan.rows - block * plan.block_rows, plan.block_rows);
   return max64(rows, 0) + (block == plan.row_blocks - 1 && column < plan.tail);
 }
 
-// Calls f(partial index, elements of it) for all partial sums of a channel, in a fixed order.
+// Calls f(partial index of channel c, how far on that of channel c + 1 is, elements of it) for all partial sums of a
+// channel, in a fixed order; up to kGroup neighbours of it share what f is told.
 template <class Function>
 [[gnu::always_inline]] inline void for_partials(const BatchNormParams& p, const BatchNormPlan& plan, int64_t c,
                                                 const Function& f) {
   if (plan.planes) {
     for (int64_t n = 0; n < p.n; ++n)
       for (int64_t k = 0; k < plan.pieces; ++k)
-        f((n * p.c + c) * plan.pieces + k, min64(p.h * p.w - k * plan.piece, plan.piece));
+        f((n * p.c + c) * plan.pieces + k, plan.pieces, min64(p.h * p.w - k * plan.piece, plan.piece));
   } else {
     for (int64_t block = 0; block < plan.row_blocks; ++block)
-      for (int64_t j = c; j < plan.width; j += p.c) f(block * plan.width + j, block_count(plan, block, j));
+      for (int64_t j = c; j < plan.width; j += p.c) f(block * plan.width + j, 1, block_count(plan, block, j));
   }
+}
+
+// Columns of a part that the partial row covers.
+int64_t block_columns_of_tail(const BatchNormPlan& plan, const Part& at) {
+  return at.row_block == plan.row_blocks - 1 ? plan.tail - at.first : 0;
 }
 
 template <class C>
 struct Workspace {
-  double* sums;  // two per partial
-  C *m, *a, *b;  // z = (x - m) a + b
-  C *s, *t;      // dx = dz a + (x - m) s + t
+  double *first, *second;  // of each partial: mean and squared deviations from it, or sum dz and sum dz (x - m)
+  C *m, *a, *b;            // z = (x - m) a + b
+  C *s, *t;                // dx = dz a + (x - m) s + t
   explicit Workspace(const BatchNormParams& p) {
     const BatchNormPlan plan = batch_norm_plan(p);
     const int64_t columns = plan.columns(p);
-    sums = static_cast<double*>(p.workspace);
-    m = reinterpret_cast<C*>(sums + 2 * plan.partials());
+    first = static_cast<double*>(p.workspace);
+    second = first + plan.partials();
+    m = reinterpret_cast<C*>(second + plan.partials());
     a = m + columns, b = a + columns, s = b + columns, t = s + columns;
   }
 };
@@ -83,11 +102,23 @@ struct Group {
   double mean[kGroup], invstd[kGroup], weight[kGroup], bias[kGroup];
 };
 
-template <class E>
-void widen(const void* from, int64_t at, int count, double* to) {
-  for (int i = 0; i < count; ++i) to[i] = load_scalar(static_cast<const E*>(from)[at + i]);
+// Calls f(channel of the group, index) with indices from `at`, `step` apart.
+template <class Function>
+[[gnu::always_inline]] inline void for_members(int count, int64_t at, int64_t step, const Function& f) {
+  if (count == kGroup && step == 1) {
+    for (int i = 0; i < kGroup; ++i) f(i, at + i);
+  } else {
+    for (int i = 0; i < count; ++i) f(i, at + i * step);
+  }
 }
-void read_vector(const void* from, DType dtype, int64_t at, int count, double missing, double* to) {
+
+template <class E>
+[[gnu::always_inline]] inline void widen(const void* from, int64_t at, int count, double* to) {
+  for_members(count, at, 1,
+              [&](int i, int64_t k) CNNOPS_INLINE { to[i] = load_scalar(static_cast<const E*>(from)[k]); });
+}
+[[gnu::always_inline]] inline void read_vector(const void* from, DType dtype, int64_t at, int count, double missing,
+                                               double* to) {
   for (int i = 0; i < kGroup; ++i) to[i] = missing;
   if (!from) return;
   switch (dtype) {
@@ -98,19 +129,32 @@ void read_vector(const void* from, DType dtype, int64_t at, int count, double mi
     default: return;
   }
 }
+[[gnu::always_inline]] inline void write_vector(void* to, DType dtype, int64_t at, int count, const double* from) {
+  if (!to) return;
+  if (dtype == DType::f32)
+    for_members(count, at, 1,
+                [&](int i, int64_t k) CNNOPS_INLINE { static_cast<float*>(to)[k] = static_cast<float>(from[i]); });
+  else
+    for (int i = 0; i < count; ++i) batch_norm_set(to, dtype, at + i, from[i]);
+}
+// `var` in the place of invstd becomes that.
+[[gnu::always_inline]] inline void finish_group(const BatchNormParams& p, Group& g) {
+  read_vector(p.weight, p.affine, g.first, g.count, 1, g.weight);
+  read_vector(p.bias, p.affine, g.first, g.count, 0, g.bias);
+  for (int i = 0; i < kGroup; ++i) g.invstd[i] = 1 / __builtin_sqrt(g.invstd[i] + p.eps);
+}
 Group group_of(const BatchNormParams& p, int64_t first, int count) {
-  Group g{first, count, {}, {}, {}, {}};
+  Group g;
+  g.first = first, g.count = count;
   read_vector(p.mean, p.statistics, first, count, 0, g.mean);
   read_vector(p.var, p.statistics, first, count, 1, g.invstd);
-  read_vector(p.weight, p.affine, first, count, 1, g.weight);
-  read_vector(p.bias, p.affine, first, count, 0, g.bias);
-  for (int i = 0; i < kGroup; ++i) g.invstd[i] = 1 / __builtin_sqrt(g.invstd[i] + p.eps);
+  finish_group(p, g);
   return g;
 }
-// Calls f(first channel, channels) for all groups.
+// Calls f(first channel, channels) for all groups, in a parallel region.
 template <class Function>
 [[gnu::always_inline]] inline void for_groups(const BatchNormParams& p, const Function& f) {
-#pragma omp parallel for num_threads(p.threads) schedule(static) if (p.c >= 512)
+#pragma omp for schedule(static)
   for (int64_t c = 0; c < p.c; c += kGroup) f(c, static_cast<int>(min64(kGroup, p.c - c)));
 }
 
@@ -145,10 +189,10 @@ void set_coefficients(const BatchNormParams& p, const BatchNormPlan& plan, const
 template <class C>
 void set_gradients(const BatchNormParams& p, const BatchNormPlan& plan, const Workspace<C>& work, const Group& g) {
   double sum[kGroup] = {}, dot[kGroup] = {};
-  for (int i = 0; i < g.count; ++i)
-    for_partials(p, plan, g.first + i, [&](int64_t at, int64_t) CNNOPS_INLINE {
-      sum[i] += work.sums[2 * at], dot[i] += work.sums[2 * at + 1];
-    });
+  for_partials(p, plan, g.first, [&](int64_t at, int64_t step, int64_t) CNNOPS_INLINE {
+    for_members(g.count, at, step,
+                [&](int i, int64_t k) CNNOPS_INLINE { sum[i] += work.first[k], dot[i] += work.second[k]; });
+  });
   const double count = static_cast<double>(p.n * p.h * p.w);
   C s[kGroup], t[kGroup];
   double dweight[kGroup];
@@ -159,10 +203,8 @@ void set_gradients(const BatchNormParams& p, const BatchNormPlan& plan, const Wo
     const double slope = -a * g.invstd[i] * dweight[i] / count;
     s[i] = static_cast<C>(slope), t[i] = static_cast<C>(-a * sum[i] / count - lost * slope);
   }
-  for (int i = 0; i < g.count; ++i) {
-    if (p.dbias) batch_norm_set(p.dbias, p.affine, g.first + i, sum[i]);
-    if (p.dweight) batch_norm_set(p.dweight, p.affine, g.first + i, dweight[i]);
-  }
+  write_vector(p.dbias, p.affine, g.first, g.count, sum);
+  write_vector(p.dweight, p.affine, g.first, g.count, dweight);
   spread(p, plan, g, work.s, s), spread(p, plan, g, work.t, t);
 }
 
@@ -186,47 +228,75 @@ template <class C, class Function>
     f(i + 2 * kLanes, kLanes, 2);
     f(i + 3 * kLanes, kLanes, 3);
   }
-  for (; i + kLanes <= n; i += kLanes) f(i, kLanes, 0);
-  if (i < n) f(i, static_cast<int>(n - i), 1);
+  // Short planes are all rest: vectors of it that wait for one another would be most of their time.
+  if (i + 2 * kLanes <= n) {
+    f(i, kLanes, 0);
+    f(i + kLanes, kLanes, 1);
+    i += 2 * kLanes;
+  }
+  if (i + kLanes <= n) {
+    f(i, kLanes, 2);
+    i += kLanes;
+  }
+  if (i < n) f(i, static_cast<int>(n - i), 3);
 }
 
-// Calls f(element, column of the coefficients, lanes) for the vectors of a unit of rows.
+// Calls f(element, column of the coefficients, lanes) for the vectors of a block, row by row.
 template <class C, class Function>
-[[gnu::always_inline]] inline void for_vectors(const BatchNormPlan& plan, int64_t unit, const Function& f) {
-  for_blocks(plan, unit, [&](const Block& block) CNNOPS_INLINE {
-    for (int64_t row = 0; row < block.rows; ++row) {
-      const int64_t begin = block.begin + row * block.stride;
-      sweep<C>(block.columns, [&](int64_t j, int part, int) CNNOPS_INLINE { f(begin + j, block.column + j, part); });
-    }
-  });
+[[gnu::always_inline]] inline void for_vectors(const Block& block, const Function& f) {
+  for (int64_t row = 0; row < block.rows; ++row) {
+    const int64_t begin = block.begin + row * block.stride;
+    sweep<C>(block.columns, [&](int64_t j, int part, int) CNNOPS_INLINE { f(begin + j, block.column + j, part); });
+  }
 }
+
+// Tiles cross many rows, which no prefetcher follows: each tile asks for the next one.
+template <class T>
+[[gnu::always_inline]] inline void fetch(const void* image, int64_t i) {
+  __builtin_prefetch(static_cast<const T*>(image) + i);
+}
+
+// How much of a block its mean is first guessed from. A piece of a plane of 16-bit numbers costs more to read twice
+// than the digits are worth that a bad guess takes from its variance.
+template <class T>
+constexpr int64_t kGuessElements = sizeof(T) == 2 ? 256 : BatchNormPlan::kPiece;
+constexpr int64_t kGuessRows = 32;
 
 template <class T>
-void piece_statistics(const T* x, int64_t n, double* out) {
+[[gnu::noinline]] void piece_statistics(const T* x, const Block& pieces, const Workspace<compute_t<T>>& work) {
   using C = compute_t<T>;
-  Sum<C> sum;
-  sweep<C>(n, [&](int64_t i, int part, int k) CNNOPS_INLINE { sum.part[k] += load_n(x + i, part); });
-  const C guess = static_cast<C>(sum.total() / static_cast<double>(n));
-  // The guess is good to a few roundings of the sum; the deviations from it also correct it.
-  Sum<C> first, second;
-  sweep<C>(n, [&](int64_t i, int part, int k) CNNOPS_INLINE {
-    const vec<C> d = keep_n<C>(load_n(x + i, part) - guess, part);
-    first.part[k] += d;
-    second.part[k] = fma(d, d, second.part[k]);
-  });
-  const double e = first.total() / static_cast<double>(n);
-  out[0] = guess + e;
-  out[1] = second.total() - e * e * static_cast<double>(n);
+  const int64_t n = pieces.columns, some = min64(n, kGuessElements<T>);
+  const double reciprocal = 1 / static_cast<double>(n);
+  C guess[kGroup];
+  for (int64_t r = 0; r < pieces.rows; ++r) {
+    const T* const from = x + pieces.begin + r * pieces.stride;
+    Sum<C> sum;
+    sweep<C>(some, [&](int64_t i, int part, int k) CNNOPS_INLINE { sum.part[k] += load_n(from + i, part); });
+    guess[r] = static_cast<C>(sum.total() / static_cast<double>(some));
+  }
+  // The deviations from the guess also correct it.
+  for (int64_t r = 0; r < pieces.rows; ++r) {
+    const T* const from = x + pieces.begin + r * pieces.stride;
+    const vec<C> about = set1<C>(guess[r]);
+    Sum<C> first, second;
+    sweep<C>(n, [&](int64_t i, int part, int k) CNNOPS_INLINE {
+      const vec<C> d = keep_n<C>(load_n(from + i, part) - about, part);
+      first.part[k] += d;
+      second.part[k] = fma(d, d, second.part[k]);
+    });
+    const double e = first.total() * reciprocal;
+    work.first[pieces.partial + r] = guess[r] + e;
+    work.second[pieces.partial + r] = second.total() - e * e * static_cast<double>(n);
+  }
 }
 
-// Adds rows to `columns` accumulators in memory, four rows at a time; f(row, column, lanes) gives the terms of up to
-// two sums.
+// Adds rows to accumulators in memory, eight at a time: f(row, rows, column, lanes, sums), where `rows` is a constant.
 template <class C, int kSums, class Function>
 [[gnu::always_inline]] inline void add_rows(const Block& block, C (*sums)[kColumns], const Function& f) {
   const auto columns = [&](int64_t row, auto rows, int64_t j, int part) CNNOPS_INLINE {
     vec<C> total[kSums];
     for (int k = 0; k < kSums; ++k) total[k] = load(sums[k] + j);
-    for (int r = 0; r < decltype(rows)::value; ++r) f(row + r, j, part, total);
+    f(row, rows, j, part, total);
     for (int k = 0; k < kSums; ++k) store(sums[k] + j, total[k]);
   };
   const auto across = [&](int64_t row, auto rows) CNNOPS_INLINE {
@@ -235,39 +305,54 @@ template <class C, int kSums, class Function>
     if (j < block.columns) columns(row, rows, j, static_cast<int>(block.columns - j));
   };
   int64_t row = 0;
-  for (; row + 4 <= block.rows; row += 4) across(row, std::integral_constant<int, 4>{});
+  for (; row + 8 <= block.rows; row += 8) across(row, std::integral_constant<int, 8>{});
   for (; row < block.rows; ++row) across(row, std::integral_constant<int, 1>{});
 }
 
 template <class T>
-void block_statistics(const T* x, const BatchNormPlan& plan, int64_t unit, double* out) {
+[[gnu::noinline]] void block_statistics(const T* x, const BatchNormPlan& plan, const Part& at,
+                                        const Workspace<compute_t<T>>& work) {
   using C = compute_t<T>;
   static_assert(kColumns % lanes<float> == 0);
-  alignas(64) C guess[1][kColumns] = {}, sums[2][kColumns] = {};
-  for_blocks(plan, unit, [&](const Block& block) CNNOPS_INLINE {
-    add_rows<C, 1>(block, guess, [&](int64_t row, int64_t j, int part, vec<C>* total) CNNOPS_INLINE {
-      total[0] += load_n(x + block.begin + row * block.stride + j, part);
+  alignas(64) C guess[1][kColumns], sums[2][kColumns];
+  for (int64_t j = 0; j < round_up(at.columns, lanes<C>); ++j) guess[0][j] = sums[0][j] = sums[1][j] = 0;
+  bool begun = false;
+  for_blocks(plan, at.row_block, at.first, at.columns, [&](const Block& block) CNNOPS_INLINE {
+    if (begun) return;  // the partial row, whose columns the guess is for as well
+    begun = true;
+    Block some = block;
+    some.rows = min64(block.rows, kGuessRows);
+    add_rows<C, 1>(some, guess, [&](int64_t row, auto rows, int64_t j, int part, vec<C>* total) CNNOPS_INLINE {
+      for (int r = 0; r < decltype(rows)::value; ++r)
+        total[0] += load_n(x + block.begin + (row + r) * block.stride + j, part);
+    });
+    const C reciprocal = 1 / static_cast<C>(some.rows);
+    for (int64_t j = 0; j < at.columns; ++j) guess[0][j] *= reciprocal;
+  });
+  for_blocks(plan, at.row_block, at.first, at.columns, [&](const Block& block) CNNOPS_INLINE {
+    add_rows<C, 2>(block, sums, [&](int64_t row, auto rows, int64_t j, int part, vec<C>* total) CNNOPS_INLINE {
+      const vec<C> about = load(guess[0] + j);
+      for (int r = 0; r < decltype(rows)::value; ++r) {
+        const int64_t i = block.begin + (row + r) * block.stride + j;
+        fetch<T>(x, i + decltype(rows)::value * block.stride);
+        const vec<C> d = keep_n<C>(load_n(x + i, part) - about, part);
+        total[0] += d;
+        total[1] = fma(d, d, total[1]);
+      }
     });
   });
-  const int64_t first = unit % plan.column_blocks * kColumns, columns = min64(plan.width - first, kColumns);
-  const int64_t row_block = unit / plan.column_blocks;
-  for (int64_t j = 0; j < columns; ++j) {
-    const int64_t count = block_count(plan, row_block, first + j);
-    guess[0][j] = count ? guess[0][j] / static_cast<C>(count) : C(0);
-  }
-  for_blocks(plan, unit, [&](const Block& block) CNNOPS_INLINE {
-    add_rows<C, 2>(block, sums, [&](int64_t row, int64_t j, int part, vec<C>* total) CNNOPS_INLINE {
-      const vec<C> d = keep_n<C>(load_n(x + block.begin + row * block.stride + j, part) - load(guess[0] + j), part);
-      total[0] += d;
-      total[1] = fma(d, d, total[1]);
-    });
-  });
-  for (int64_t j = 0; j < columns; ++j) {
-    const int64_t count = block_count(plan, row_block, first + j);
-    const double e = count ? sums[0][j] / static_cast<double>(count) : 0;
-    double* const to = out + 2 * (row_block * plan.width + first + j);
-    to[0] = guess[0][j] + e;
-    to[1] = sums[1][j] - e * e * static_cast<double>(count);
+  // The tail's columns have a row more than the others.
+  const int64_t partial = at.row_block * plan.width + at.first;
+  const int64_t longer = min64(max64(block_columns_of_tail(plan, at), 0), at.columns);
+  for (int64_t from = 0, to = longer; from < at.columns; from = to, to = at.columns) {
+    if (from == to) continue;
+    const double count = static_cast<double>(block_count(plan, at.row_block, at.first + from));
+    const double reciprocal = count > 0 ? 1 / count : 0;
+    for (int64_t j = from; j < to; ++j) {
+      const double e = sums[0][j] * reciprocal;
+      work.first[partial + j] = guess[0][j] + e;
+      work.second[partial + j] = sums[1][j] - e * e * count;
+    }
   }
 }
 
@@ -275,25 +360,37 @@ template <class T>
 void unit_statistics(const BatchNormParams& p, const BatchNormPlan& plan, const Workspace<compute_t<T>>& work,
                      int64_t unit) {
   const T* const x = static_cast<const T*>(p.x);
-  if (!plan.planes) return block_statistics(x, plan, unit, work.sums);
-  const Block piece = plane_piece(p, plan, unit);
-  piece_statistics(x + piece.begin, piece.columns, work.sums + 2 * unit);
+  if (!plan.planes) return block_statistics(x, plan, matrix_part(plan, unit), work);
+  piece_statistics(x, plane_piece(p, plan, unit), work);
 }
 
-// Mean and variance of a channel into p.mean and p.var, from its partial sums.
+// Mean and variance of a group into p.mean and p.var, from its partial sums.
 template <class C>
-void set_statistics(const BatchNormParams& p, const BatchNormPlan& plan, const Workspace<C>& work, int64_t c) {
-  const double count = static_cast<double>(p.n * p.h * p.w);
-  double sum = 0, squares = 0;
-  for_partials(p, plan, c,
-               [&](int64_t i, int64_t n) CNNOPS_INLINE { sum += work.sums[2 * i] * static_cast<double>(n); });
-  const double mean = sum / count;
-  for_partials(p, plan, c, [&](int64_t i, int64_t n) CNNOPS_INLINE {
-    const double d = work.sums[2 * i] - mean;
-    squares += work.sums[2 * i + 1] + d * d * static_cast<double>(n);
+Group set_statistics(const BatchNormParams& p, const BatchNormPlan& plan, const Workspace<C>& work, int64_t first,
+                     int count) {
+  Group g;
+  g.first = first, g.count = count;
+  const double elements = static_cast<double>(p.n * p.h * p.w);
+  double squares[kGroup] = {};
+  for (int i = 0; i < kGroup; ++i) g.mean[i] = 0;
+  for_partials(p, plan, first, [&](int64_t at, int64_t step, int64_t n) CNNOPS_INLINE {
+    for_members(count, at, step,
+                [&](int i, int64_t k) CNNOPS_INLINE { g.mean[i] += work.first[k] * static_cast<double>(n); });
   });
-  batch_norm_set(p.mean, p.statistics, c, mean);
-  batch_norm_set(p.var, p.statistics, c, squares > 0 || squares != squares ? squares / count : 0);
+  for (int i = 0; i < kGroup; ++i) g.mean[i] /= elements;
+  for_partials(p, plan, first, [&](int64_t at, int64_t step, int64_t n) CNNOPS_INLINE {
+    for_members(count, at, step, [&](int i, int64_t k) CNNOPS_INLINE {
+      const double d = work.first[k] - g.mean[i];
+      squares[i] += work.second[k] + d * d * static_cast<double>(n);
+    });
+  });
+  for (int i = 0; i < kGroup; ++i) g.invstd[i] = squares[i] > 0 || squares[i] != squares[i] ? squares[i] / elements : 0;
+  for (int i = 0; i < count; ++i) {
+    static_cast<double*>(p.mean)[first + i] = g.mean[i];
+    static_cast<double*>(p.var)[first + i] = g.invstd[i];
+  }
+  finish_group(p, g);
+  return g;
 }
 
 // ------------------------------------------------------------------------------------------------------------ elements
@@ -304,36 +401,58 @@ template <class T>
   return p.n * p.c * p.h * p.w * static_cast<int64_t>(sizeof(T)) >= kLargeImage;
 }
 
-// Bytes of one channel that stay in a core's cache between passes.
-constexpr int64_t kCached = 512 << 10;
+// Bytes of what both passes read that stay in a core's caches between them, and of those that are near.
+constexpr int64_t kCached = 4 << 20, kNear = 512 << 10;
 
+// Bytes of `elements` elements of each tensor that both passes read.
 template <class T>
-int64_t channel_bytes(const BatchNormParams& p) {
-  return p.n * p.h * p.w * static_cast<int64_t>(sizeof(T)) * (p.dy ? 2 + (p.saved_y || p.residual) : 2);
+int64_t bytes_read(const BatchNormParams& p, int64_t elements) {
+  return elements * static_cast<int64_t>(sizeof(T)) *
+         (p.dy ? 2 + (p.saved_y || p.residual) : 1 + (p.residual != nullptr));
 }
-// Whether all passes go channel by channel: planes in one piece that stay in the cache, and work for every thread.
-// Results are the same either way.
+// Whether all passes go channel by channel: what they read of one stays in the cache, and there is work for every
+// thread. Results are the same either way.
 template <class T>
 bool channels_fit(const BatchNormParams& p, const BatchNormPlan& plan) {
-  return plan.planes && plan.pieces == 1 && channel_bytes<T>(p) <= kCached &&
-         (p.threads == 1 || p.c >= 2 * kGroup * p.threads);
+  return plan.planes && bytes_read<T>(p, p.n * p.h * p.w) <= kCached && p.c >= 4 * p.threads;
 }
 // Calls f(first channel, channels) in parallel, with as many channels of a group at once as the cache holds.
 template <class T, class Function>
 [[gnu::always_inline]] inline void for_channels(const BatchNormParams& p, const Function& f) {
-  const int64_t most = max64(min64(kCached / max64(channel_bytes<T>(p), 1), kGroup), 1);
+  const int64_t most = max64(min64(kNear / max64(bytes_read<T>(p, p.n * p.h * p.w), 1), kGroup), 1);
 #pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (int64_t group = 0; group < p.c; group += kGroup)
-    for (int64_t c = group; c < min64(group + kGroup, p.c); c += most) {
-      f(c, static_cast<int>(min64(min64(group + kGroup, p.c) - c, most)));
+  for (int thread = 0; thread < p.threads; ++thread) {
+    const int64_t end = p.c * (thread + 1) / p.threads;
+    for (int64_t c = p.c * thread / p.threads; c < end; c += most) {
+      f(c, static_cast<int>(min64(end - c, most)));
       if (streams_images<T>(p)) end_streaming();
     }
+  }
 }
-template <class Function>
-[[gnu::always_inline]] inline void for_planes(const BatchNormParams& p, int64_t first, int count, const Function& f) {
+// Calls f(block) for the planes of some channels; the second pass begins with what the first has read last.
+template <bool kSecond, class Function>
+[[gnu::always_inline]] inline void for_planes(const BatchNormParams& p, const BatchNormPlan& plan, int64_t first,
+                                              int count, const Function& f) {
   const int64_t plane = p.h * p.w;
-  for (int64_t n = 0; n < p.n; ++n)
-    for (int64_t c = first; c < first + count; ++c) f(Block{(n * p.c + c) * plane, 1, plane, plane, c, n * p.c + c});
+  for (int64_t i = 0; i < p.n; ++i) {
+    const int64_t n = kSecond ? p.n - 1 - i : i, at = n * p.c + first;
+    if (plan.pieces == 1) {
+      f(Block{at * plane, count, plane, plane, first, at});
+      continue;
+    }
+    const int64_t pieces = count * plan.pieces;
+    for (int64_t k = 0; k < pieces; ++k) f(plane_piece(p, plan, at * plan.pieces + (kSecond ? pieces - 1 - k : k)));
+  }
+}
+
+// Calls f(unit) for all units, in a parallel region.
+template <class T, class Function>
+[[gnu::always_inline]] inline void for_units(const BatchNormParams& p, const BatchNormPlan& plan, const Function& f) {
+#pragma omp for schedule(static)
+  for (int64_t unit = 0; unit < plan.units; ++unit) {
+    f(unit);
+    if (streams_images<T>(p)) end_streaming();
+  }
 }
 
 // none and relu cost less than the jump that chooses among the others.
@@ -365,76 +484,85 @@ template <Kind kKind, class T>
   using C = compute_t<T>;
   using V = vec<C>;
   const BatchNormParams p = params;  // a copy that no store can alias
-  const V m = broadcast<V>(work.m[piece.column]), a = broadcast<V>(work.a[piece.column]);
-  const V b = set1<C>(work.b[piece.column]);
-  sweep<C>(piece.columns,
-           [&](int64_t i, int part, int) CNNOPS_INLINE { normalize<kKind, T>(p, piece.begin + i, part, m, a, b); });
+  const Block all = piece;
+  for (int64_t r = 0; r < all.rows; ++r) {
+    const int64_t begin = all.begin + r * all.stride, c = all.column + r;
+    const V m = set1<C>(work.m[c]), a = set1<C>(work.a[c]), b = set1<C>(work.b[c]);
+    sweep<C>(all.columns,
+             [&](int64_t i, int part, int) CNNOPS_INLINE { normalize<kKind, T>(p, begin + i, part, m, a, b); });
+  }
 }
 
 template <Kind kKind, class T>
-void normalize_unit(const BatchNormParams& params, const BatchNormPlan& plan, const Workspace<compute_t<T>>& work,
-                    int64_t unit) {
+[[gnu::noinline]] void normalize_part(const BatchNormParams& params, const BatchNormPlan& plan,
+                                      const Workspace<compute_t<T>>& work, const Part& at) {
   using C = compute_t<T>;
-  if (plan.planes) return normalize_piece<kKind, T>(params, work, plane_piece(params, plan, unit));
   const BatchNormParams p = params;
-  for_vectors<C>(plan, unit, [&](int64_t i, int64_t k, int part) CNNOPS_INLINE {
-    normalize<kKind, T>(p, i, part, load_n(work.m + k, part), load_n(work.a + k, part), load_n(work.b + k, part));
-  });
-}
-
-template <Kind kKind, class T>
-void normalize_all(const BatchNormParams& p, const BatchNormPlan& plan, const Workspace<compute_t<T>>& work) {
-#pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (int64_t unit = 0; unit < plan.units; ++unit) {
-    normalize_unit<kKind, T>(p, plan, work, unit);
-    if (streams_images<T>(p)) end_streaming();
-  }
-}
-
-template <class T>
-void evaluate(const BatchNormParams& p, const BatchNormPlan& plan, const Workspace<compute_t<T>>& work) {
-  for_groups(p, [&](int64_t c, int count) CNNOPS_INLINE { set_coefficients(p, plan, work, group_of(p, c, count)); });
-  switch (p.activation) {
-    case Activation::none: return normalize_all<Kind::none, T>(p, plan, work);
-    case Activation::relu: return normalize_all<Kind::relu, T>(p, plan, work);
-    default: return normalize_all<Kind::any, T>(p, plan, work);
-  }
-}
-
-// All passes over the channels of a group, one after the other while their planes are in the cache.
-template <Kind kKind, class T>
-void training_by_channels(const BatchNormParams& p, const BatchNormPlan& plan, const Workspace<compute_t<T>>& work) {
-  for_channels<T>(p, [&](int64_t c, int count) CNNOPS_INLINE {
-    for_planes(p, c, count, [&](const Block& plane) CNNOPS_INLINE {
-      piece_statistics(static_cast<const T*>(p.x) + plane.begin, plane.columns, work.sums + 2 * plane.partial);
+  for_blocks(plan, at.row_block, at.first, at.columns, [&](const Block& block) CNNOPS_INLINE {
+    for_vectors<C>(block, [&](int64_t i, int64_t k, int part) CNNOPS_INLINE {
+      normalize<kKind, T>(p, i, part, load_n(work.m + k, part), load_n(work.a + k, part), load_n(work.b + k, part));
     });
-    for (int64_t i = c; i < c + count; ++i) set_statistics(p, plan, work, i);
-    set_coefficients(p, plan, work, group_of(p, c, count));
-    for_planes(p, c, count, [&](const Block& plane) CNNOPS_INLINE { normalize_piece<kKind, T>(p, work, plane); });
   });
+}
+
+template <Kind kKind, class T>
+void normalize_unit(const BatchNormParams& p, const BatchNormPlan& plan, const Workspace<compute_t<T>>& work,
+                    int64_t unit) {
+  if (plan.planes) return normalize_piece<kKind, T>(p, work, plane_piece(p, plan, unit));
+  normalize_part<kKind, T>(p, plan, work, matrix_part(plan, unit));
+}
+
+template <Kind kKind, class T>
+void training_as(const BatchNormParams& p, const BatchNormPlan& plan, const Workspace<compute_t<T>>& work) {
+  const T* const x = static_cast<const T*>(p.x);
+  const auto group = [&](int64_t c, int count)
+                         CNNOPS_INLINE { set_coefficients(p, plan, work, set_statistics(p, plan, work, c, count)); };
+  if (channels_fit<T>(p, plan)) {
+    return for_channels<T>(p, [&](int64_t c, int count) CNNOPS_INLINE {
+      for_planes<false>(p, plan, c, count,
+                        [&](const Block& planes) CNNOPS_INLINE { piece_statistics(x, planes, work); });
+      group(c, count);
+      for_planes<true>(p, plan, c, count,
+                       [&](const Block& planes) CNNOPS_INLINE { normalize_piece<kKind, T>(p, work, planes); });
+    });
+  }
+#pragma omp parallel num_threads(p.threads)
+  {
+    for_units<T>(p, plan, [&](int64_t unit) CNNOPS_INLINE { unit_statistics<T>(p, plan, work, unit); });
+    for_groups(p, group);
+    for_units<T>(p, plan, [&](int64_t unit) CNNOPS_INLINE { normalize_unit<kKind, T>(p, plan, work, unit); });
+  }
 }
 
 template <class T>
 void training(const BatchNormParams& p) {
   const BatchNormPlan plan = batch_norm_plan(p);
   const Workspace<compute_t<T>> work(p);
-  if (channels_fit<T>(p, plan)) {
-    switch (p.activation) {
-      case Activation::none: return training_by_channels<Kind::none, T>(p, plan, work);
-      case Activation::relu: return training_by_channels<Kind::relu, T>(p, plan, work);
-      default: return training_by_channels<Kind::any, T>(p, plan, work);
-    }
+  switch (p.activation) {
+    case Activation::none: return training_as<Kind::none, T>(p, plan, work);
+    case Activation::relu: return training_as<Kind::relu, T>(p, plan, work);
+    default: return training_as<Kind::any, T>(p, plan, work);
   }
-#pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (int64_t unit = 0; unit < plan.units; ++unit) unit_statistics<T>(p, plan, work, unit);
-#pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (int64_t c = 0; c < p.c; ++c) set_statistics(p, plan, work, c);
-  evaluate<T>(p, plan, work);
+}
+
+template <Kind kKind, class T>
+void evaluation_as(const BatchNormParams& p, const BatchNormPlan& plan, const Workspace<compute_t<T>>& work) {
+#pragma omp parallel num_threads(p.threads)
+  {
+    for_groups(p, [&](int64_t c, int count) CNNOPS_INLINE { set_coefficients(p, plan, work, group_of(p, c, count)); });
+    for_units<T>(p, plan, [&](int64_t unit) CNNOPS_INLINE { normalize_unit<kKind, T>(p, plan, work, unit); });
+  }
 }
 
 template <class T>
 void evaluation(const BatchNormParams& p) {
-  evaluate<T>(p, batch_norm_plan(p), Workspace<compute_t<T>>(p));
+  const BatchNormPlan plan = batch_norm_plan(p);
+  const Workspace<compute_t<T>> work(p);
+  switch (p.activation) {
+    case Activation::none: return evaluation_as<Kind::none, T>(p, plan, work);
+    case Activation::relu: return evaluation_as<Kind::relu, T>(p, plan, work);
+    default: return evaluation_as<Kind::any, T>(p, plan, work);
+  }
 }
 
 // ------------------------------------------------------------------------------------------------------------ backward
@@ -485,34 +613,41 @@ template <Kind kKind, class T>
   using C = compute_t<T>;
   using V = vec<C>;
   const BatchNormParams p = params;
-  const V m = broadcast<V>(work.m[piece.column]), a = broadcast<V>(work.a[piece.column]);
-  const V b = set1<C>(work.b[piece.column]);
-  Sum<C> sum, dot;
-  sweep<C>(piece.columns, [&](int64_t i, int part, int k) CNNOPS_INLINE {
-    add_gradient<kKind, T>(p, piece.begin + i, part, m, a, b, sum.part[k], dot.part[k]);
-  });
-  work.sums[2 * piece.partial] = sum.total();
-  work.sums[2 * piece.partial + 1] = dot.total();
+  const Block all = piece;
+  for (int64_t r = 0; r < all.rows; ++r) {
+    const int64_t begin = all.begin + r * all.stride, c = all.column + r;
+    const V m = set1<C>(work.m[c]), a = set1<C>(work.a[c]), b = set1<C>(work.b[c]);
+    Sum<C> sum, dot;
+    sweep<C>(all.columns, [&](int64_t i, int part, int k) CNNOPS_INLINE {
+      add_gradient<kKind, T>(p, begin + i, part, m, a, b, sum.part[k], dot.part[k]);
+    });
+    work.first[all.partial + r] = sum.total();
+    work.second[all.partial + r] = dot.total();
+  }
 }
 
 template <Kind kKind, class T>
-void unit_sums(const BatchNormParams& params, const BatchNormPlan& plan, const Workspace<compute_t<T>>& work,
-               int64_t unit) {
+[[gnu::noinline]] void part_sums(const BatchNormParams& params, const BatchNormPlan& plan,
+                                 const Workspace<compute_t<T>>& work, const Part& at) {
   using C = compute_t<T>;
   using V = vec<C>;
-  if (plan.planes) return piece_sums<kKind, T>(params, work, plane_piece(params, plan, unit));
   const BatchNormParams p = params;
-  alignas(64) C sums[2][kColumns] = {};
-  for_blocks(plan, unit, [&](const Block& block) CNNOPS_INLINE {
-    add_rows<C, 2>(block, sums, [&](int64_t row, int64_t j, int part, V* total) CNNOPS_INLINE {
+  alignas(64) C sums[2][kColumns];
+  for (int64_t j = 0; j < round_up(at.columns, lanes<C>); ++j) sums[0][j] = sums[1][j] = 0;
+  for_blocks(plan, at.row_block, at.first, at.columns, [&](const Block& block) CNNOPS_INLINE {
+    add_rows<C, 2>(block, sums, [&](int64_t row, auto rows, int64_t j, int part, V* total) CNNOPS_INLINE {
       const int64_t k = block.column + j;
-      add_gradient<kKind, T>(p, block.begin + row * block.stride + j, part, load_n(work.m + k, part),
-                             load_n(work.a + k, part), load_n(work.b + k, part), total[0], total[1]);
+      const V m = load_n(work.m + k, part), a = load_n(work.a + k, part), b = load_n(work.b + k, part);
+      for (int r = 0; r < decltype(rows)::value; ++r) {
+        const int64_t i = block.begin + (row + r) * block.stride + j, next = i + decltype(rows)::value * block.stride;
+        fetch<T>(p.x, next);
+        fetch<T>(p.dy, next);
+        add_gradient<kKind, T>(p, i, part, m, a, b, total[0], total[1]);
+      }
     });
   });
-  const int64_t first = unit % plan.column_blocks * kColumns, columns = min64(plan.width - first, kColumns);
-  double* const out = work.sums + 2 * (unit / plan.column_blocks * plan.width + first);
-  for (int64_t j = 0; j < columns; ++j) out[2 * j] = sums[0][j], out[2 * j + 1] = sums[1][j];
+  const int64_t partial = at.row_block * plan.width + at.first;
+  for (int64_t j = 0; j < at.columns; ++j) work.first[partial + j] = sums[0][j], work.second[partial + j] = sums[1][j];
 }
 
 template <Kind kKind, class T>
@@ -530,22 +665,26 @@ template <Kind kKind, class T>
   using C = compute_t<T>;
   using V = vec<C>;
   const BatchNormParams p = params;
-  const V m = broadcast<V>(work.m[piece.column]), a = broadcast<V>(work.a[piece.column]);
-  const V b = set1<C>(work.b[piece.column]);
-  const V s = broadcast<V>(work.s[piece.column]), t = broadcast<V>(work.t[piece.column]);
-  sweep<C>(piece.columns, [&](int64_t i, int part, int)
-                              CNNOPS_INLINE { store_gradient<kKind, T>(p, piece.begin + i, part, m, a, b, s, t); });
+  const Block all = piece;
+  for (int64_t r = 0; r < all.rows; ++r) {
+    const int64_t begin = all.begin + r * all.stride, c = all.column + r;
+    const V m = set1<C>(work.m[c]), a = set1<C>(work.a[c]), b = set1<C>(work.b[c]);
+    const V s = set1<C>(work.s[c]), t = set1<C>(work.t[c]);
+    sweep<C>(all.columns, [&](int64_t i, int part, int)
+                              CNNOPS_INLINE { store_gradient<kKind, T>(p, begin + i, part, m, a, b, s, t); });
+  }
 }
 
 template <Kind kKind, class T>
-void unit_gradient(const BatchNormParams& params, const BatchNormPlan& plan, const Workspace<compute_t<T>>& work,
-                   int64_t unit) {
+[[gnu::noinline]] void part_gradient(const BatchNormParams& params, const BatchNormPlan& plan,
+                                     const Workspace<compute_t<T>>& work, const Part& at) {
   using C = compute_t<T>;
-  if (plan.planes) return piece_gradient<kKind, T>(params, work, plane_piece(params, plan, unit));
   const BatchNormParams p = params;
-  for_vectors<C>(plan, unit, [&](int64_t i, int64_t k, int part) CNNOPS_INLINE {
-    store_gradient<kKind, T>(p, i, part, load_n(work.m + k, part), load_n(work.a + k, part), load_n(work.b + k, part),
-                             load_n(work.s + k, part), load_n(work.t + k, part));
+  for_blocks(plan, at.row_block, at.first, at.columns, [&](const Block& block) CNNOPS_INLINE {
+    for_vectors<C>(block, [&](int64_t i, int64_t k, int part) CNNOPS_INLINE {
+      store_gradient<kKind, T>(p, i, part, load_n(work.m + k, part), load_n(work.a + k, part), load_n(work.b + k, part),
+                               load_n(work.s + k, part), load_n(work.t + k, part));
+    });
   });
 }
 
@@ -561,21 +700,32 @@ void backward_as(const BatchNormParams& p, const BatchNormPlan& plan, const Work
     return for_channels<T>(p, [&](int64_t c, int count) CNNOPS_INLINE {
       const Group group = group_of(p, c, count);
       set_coefficients(p, plan, work, group);
-      for_planes(p, c, count, [&](const Block& plane) CNNOPS_INLINE { piece_sums<kSums, T>(first, work, plane); });
+      for_planes<false>(p, plan, c, count,
+                        [&](const Block& planes) CNNOPS_INLINE { piece_sums<kSums, T>(first, work, planes); });
       set_gradients(p, plan, work, group);
-      if (elements)
-        for_planes(p, c, count, [&](const Block& plane) CNNOPS_INLINE { piece_gradient<kDx, T>(second, work, plane); });
+      if (!elements) return;
+      for_planes<true>(p, plan, c, count,
+                       [&](const Block& planes) CNNOPS_INLINE { piece_gradient<kDx, T>(second, work, planes); });
     });
   }
-  for_groups(p, [&](int64_t c, int count) CNNOPS_INLINE { set_coefficients(p, plan, work, group_of(p, c, count)); });
-#pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (int64_t unit = 0; unit < plan.units; ++unit) unit_sums<kSums, T>(first, plan, work, unit);
-  for_groups(p, [&](int64_t c, int count) CNNOPS_INLINE { set_gradients(p, plan, work, group_of(p, c, count)); });
-  if (!elements) return;
-#pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (int64_t unit = 0; unit < plan.units; ++unit) {
-    unit_gradient<kDx, T>(second, plan, work, unit);
-    if (streams_images<T>(p)) end_streaming();
+#pragma omp parallel num_threads(p.threads)
+  {
+    for_groups(p, [&](int64_t c, int count) CNNOPS_INLINE { set_coefficients(p, plan, work, group_of(p, c, count)); });
+    for_units<T>(p, plan, [&](int64_t unit) CNNOPS_INLINE {
+      if (plan.planes)
+        piece_sums<kSums, T>(first, work, plane_piece(p, plan, unit));
+      else
+        part_sums<kSums, T>(first, plan, work, matrix_part(plan, unit));
+    });
+    for_groups(p, [&](int64_t c, int count) CNNOPS_INLINE { set_gradients(p, plan, work, group_of(p, c, count)); });
+    if (elements) {
+      for_units<T>(p, plan, [&](int64_t unit) CNNOPS_INLINE {
+        if (plan.planes)
+          piece_gradient<kDx, T>(second, work, plane_piece(p, plan, unit));
+        else
+          part_gradient<kDx, T>(second, plan, work, matrix_part(plan, unit));
+      });
+    }
   }
 }
 

@@ -15,10 +15,12 @@
 // x, y, residual and their gradients: [N, C, H, W], all in one layout. weight, bias, dweight, dbias: [C] in the dtype
 // `affine`, float32 or that of x. mean, var: [C] in the dtype `statistics`: float64 where training wrote them.
 //
-// Statistics are accurate for any mean and deviation: each block of x is summed twice, first for its mean, then for the
-// deviations from it, in the compute type and at least four vectors of partial sums (or rows of at most 128 terms);
-// blocks are combined in float64 in a fixed order. The mean is not rounded to the compute type where it is subtracted. NaN and Inf flow by IEEE arithmetic
-// into all elements of their channel.
+// Statistics are accurate for any mean and deviation: the beginning of each block of x (a quarter of its rows or more;
+// a piece of a plane, of 16-bit numbers a 32nd or more) is summed for a guess of its mean, then the deviations from
+// that and their squares, in the compute type and at least four vectors of partial sums (or rows of at most 128 terms);
+// blocks are combined in float64 in a fixed order. A guess that misses by k deviations costs 1 + k k roundings of the
+// variance, and k k is less than the block's size over that of its beginning. The mean is not rounded to the compute
+// type where it is subtracted. NaN and Inf flow by IEEE arithmetic into all elements of their channel.
 #pragma once
 
 #include "common/activation.h"
@@ -61,7 +63,7 @@ struct BatchNormPlan {
   bool planes;
   int64_t pieces, piece;            // planes: per plane, and elements of all but the last
   int64_t fold, width, rows, tail;  // rows
-  int64_t row_blocks, column_blocks;
+  int64_t row_blocks, block_rows, column_blocks, block_columns;
   int64_t units;
 
   int64_t partials() const { return planes ? units : row_blocks * width; }
@@ -87,8 +89,12 @@ static inline BatchNormPlan batch_norm_plan(const BatchNormParams& p) {
   plan.width = plan.fold * p.c;
   plan.rows = pixels / plan.fold;
   plan.tail = pixels % plan.fold * p.c;
-  plan.row_blocks = ceil_div(plan.rows + (plan.tail > 0), BatchNormPlan::kBlockRows);
+  // Blocks of about one size, and of an even number: threads get the same work.
+  const int64_t rows = plan.rows + (plan.tail > 0), row_blocks = ceil_div(rows, BatchNormPlan::kBlockRows);
+  plan.block_rows = ceil_div(rows, rows < 32 ? 1 : round_up(row_blocks, row_blocks > 8 ? 8 : 2));
+  plan.row_blocks = ceil_div(rows, plan.block_rows);
   plan.column_blocks = ceil_div(plan.width, BatchNormPlan::kBlockColumns);
+  plan.block_columns = round_up(ceil_div(plan.width, plan.column_blocks), 32);
   plan.units = plan.row_blocks * plan.column_blocks;
   return plan;
 }

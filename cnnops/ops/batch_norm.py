@@ -269,6 +269,10 @@ def _recorder(name: str, training: bool) -> Callable[..., Tensor]:
         return y
 
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
+        if dy is not None and not torch.is_grad_enabled() and direct():
+            made = C.batch_norm_gradients_direct(ctx, dy, threads())
+            if made is not None:
+                return made
         return *_gradients(ctx, dy, 0, 1), None, None, None
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}

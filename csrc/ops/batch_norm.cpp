@@ -54,7 +54,8 @@ BatchNormParams parameters(const char* op, Layout layout, const Tensor& x, const
   p.statistics = mean.dtype;
   p.x = x.data;
   p.mean = mean.data, p.var = var.data;
-  p.threads = threads_for(4 * x.numel(), threads);  // two passes, of several tensors each
+  // Two passes, of several tensors each; of rows, with threads waiting for one another in between.
+  p.threads = threads_for((layout == Layout::nchw ? 8 : 4) * x.numel(), threads);
   return p;
 }
 
@@ -129,6 +130,18 @@ void update(const Tensor& running_mean, const Tensor& running_var, const Tensor&
     return;
   }
   const double unbiased = static_cast<double>(count) / static_cast<double>(count - 1);
+  if (running_mean.dtype == DType::f32 && running_var.dtype == DType::f32 && running_mean.stride[0] == 1 &&
+      running_var.stride[0] == 1) {
+    const auto mix = [c, momentum](void* running, const void* observed, double factor) {
+      float* const to = static_cast<float*>(running);
+      const double* const from = static_cast<const double*>(observed);
+      for (int64_t i = 0; i < c; ++i)
+        to[i] = static_cast<float>((1 - momentum) * static_cast<double>(to[i]) + momentum * (factor * from[i]));
+    };
+    mix(running_mean.data, mean.data, 1);
+    mix(running_var.data, var.data, unbiased);
+    return;
+  }
   for (int64_t i = 0; i < c; ++i) {
     const int64_t m = i * running_mean.stride[0], v = i * running_var.stride[0];
     batch_norm_set(running_mean.data, running_mean.dtype, m,
@@ -136,7 +149,7 @@ void update(const Tensor& running_mean, const Tensor& running_var, const Tensor&
                        momentum * batch_norm_get(mean.data, mean.dtype, i));
     batch_norm_set(running_var.data, running_var.dtype, v,
                    (1 - momentum) * batch_norm_get(running_var.data, running_var.dtype, v) +
-                       momentum * unbiased * batch_norm_get(var.data, var.dtype, i));
+                       momentum * (unbiased * batch_norm_get(var.data, var.dtype, i)));
   }
 }
 
@@ -148,8 +161,8 @@ bool like(const Tensor& t, const Tensor& x, Layout layout) {
 
 OptionalTensor optional(const Tensor& t) { return t.data ? OptionalTensor(t) : std::nullopt; }
 
-// -> y, (y, mean, var) in training, (y,) in evaluation where a gradient is wanted, or None; training updates the running
-// statistics, if there are any.
+// -> y, (y, mean, var) in training, (y,) in evaluation where a gradient is wanted, or None; training updates the
+// running statistics, if there are any.
 PyObject* forward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return direct::attempt([&]() -> PyObject* {
     Tensor x, y, residual;
@@ -197,41 +210,96 @@ PyObject* forward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
-// -> (dx, dweight, dbias, dresidual), None where one is not wanted; or None.
+// What backward_direct and gradients_direct are given, as they are.
+struct Given {
+  PyObject *dy, *x, *y, *residual, *vectors[4], *eps;  // vectors: mean, variance, weight, bias
+  PyObject *training, *activation, *threads;
+  bool wants[4];
+};
+
+// -> a tuple that begins with dx, dweight, dbias and dresidual, None where one is not wanted, and goes on with None; or
+// null.
+PyObject* gradients_of(const Given& given, size_t size) {
+  Tensor dy, x, y, residual, made[4], vectors[4];
+  bool training;
+  double eps;
+  int64_t activation, threads;
+  if (!direct::tensor(given.dy, dy) || !direct::tensor(given.x, x) || !direct::optional_tensor(given.y, y, 4) ||
+      !direct::optional_tensor(given.residual, residual, 4) || !direct::truth(given.training, training) ||
+      !direct::number(given.eps, eps) || !direct::integer(given.activation, activation) ||
+      !direct::integer(given.threads, threads))
+    return nullptr;
+  for (int i = 0; i < 4; ++i)
+    if (!direct::optional_tensor(given.vectors[i], vectors[i], 1)) return nullptr;
+  const Layout layout = direct::dense(x, Layout::nchw) ? Layout::nchw : direct::suggested(x);
+  if (!direct::dense(x, layout) || !like(dy, x, layout) || (y.data && !like(y, x, layout)) ||
+      (residual.data && !like(residual, x, layout)))
+    return nullptr;
+  const auto image = [&](bool want, Tensor& out) -> py::object {
+    if (!want) return py::none();
+    return direct::empty(given.x, {x.shape[0], x.shape[1], x.shape[2], x.shape[3]}, x.dtype, layout, out);
+  };
+  const auto vector = [&](bool want, const Tensor& like, Tensor& out) -> py::object {
+    if (!want) return py::none();
+    return direct::empty_vector(given.x, x.shape[1], like.data ? like.dtype : x.dtype, out);
+  };
+  const bool* const wants = given.wants;
+  py::tuple all(size);
+  all[0] = image(wants[0], made[0]);
+  all[1] = vector(wants[1], vectors[2], made[1]);
+  all[2] = vector(wants[2], vectors[3], made[2]);
+  all[3] = image(wants[3], made[3]);
+  for (size_t i = 4; i < size; ++i) all[i] = py::none();
+  backward(optional(made[0]), optional(made[1]), optional(made[2]), optional(made[3]), dy, x, optional(y),
+           optional(residual), vectors[0], vectors[1], optional(vectors[2]), optional(vectors[3]), training, eps,
+           static_cast<int>(activation), static_cast<int>(threads), kSelect);
+  return all.release().ptr();
+}
+
+// -> (dx, dweight, dbias, dresidual), or None.
 PyObject* backward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return direct::attempt([&]() -> PyObject* {
-    Tensor dy, x, y, residual, made[4];
-    Tensor vectors[4];  // mean, variance, weight, bias
-    bool training, wants[4];
-    double eps;
-    int64_t activation, threads;
-    if (count != 13 || !direct::tensor(args[0], dy) || !direct::tensor(args[1], x) ||
-        !direct::optional_tensor(args[2], y, 4) || !direct::optional_tensor(args[3], residual, 4) ||
-        !direct::truth(args[8], training) || !direct::number(args[9], eps) || !direct::integer(args[10], activation) ||
-        !PyList_CheckExact(args[11]) || PyList_GET_SIZE(args[11]) != 4 || !direct::integer(args[12], threads))
-      return nullptr;
+    if (count != 13 || !PyList_CheckExact(args[11]) || PyList_GET_SIZE(args[11]) != 4) return nullptr;
+    Given given{args[0], args[1], args[2],  args[3],  {args[4], args[5], args[6], args[7]},
+                args[9], args[8], args[10], args[12], {}};
     for (int i = 0; i < 4; ++i)
-      if (!direct::optional_tensor(args[4 + i], vectors[i], 1) ||
-          !direct::truth(PyList_GET_ITEM(args[11], i), wants[i]))
-        return nullptr;
-    const Layout layout = direct::dense(x, Layout::nchw) ? Layout::nchw : direct::suggested(x);
-    if (!direct::dense(x, layout) || !like(dy, x, layout) || (y.data && !like(y, x, layout)) ||
-        (residual.data && !like(residual, x, layout)))
-      return nullptr;
-    const auto image = [&](bool want, Tensor& out) -> py::object {
-      if (!want) return py::none();
-      return direct::empty(args[1], {x.shape[0], x.shape[1], x.shape[2], x.shape[3]}, x.dtype, layout, out);
+      if (!direct::truth(PyList_GET_ITEM(args[11], i), given.wants[i])) return nullptr;
+    return gradients_of(given, 4);
+  });
+}
+
+// The same from the context of autograd: what its backward function returns, or None.
+PyObject* gradients_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  static PyObject* const saved_name = PyUnicode_InternFromString("saved_tensors");
+  static PyObject* const needs_name = PyUnicode_InternFromString("needs_input_grad");
+  static PyObject* const arguments_name = PyUnicode_InternFromString("arguments");
+  return direct::attempt([&]() -> PyObject* {
+    if (count != 3) return nullptr;
+    const auto attribute = [&](PyObject* name, Py_ssize_t size) {
+      auto value = py::reinterpret_steal<py::object>(PyObject_GetAttr(args[0], name));
+      const bool fits = value && PyTuple_CheckExact(value.ptr()) && PyTuple_GET_SIZE(value.ptr()) == size;
+      return fits ? value : py::object();
     };
-    const auto vector = [&](bool want, const Tensor& like, Tensor& out) -> py::object {
-      if (!want) return py::none();
-      return direct::empty_vector(args[1], x.shape[1], like.data ? like.dtype : x.dtype, out);
-    };
-    py::object dx = image(wants[0], made[0]), dresidual = image(wants[3], made[3]);
-    py::object dweight = vector(wants[1], vectors[2], made[1]), dbias = vector(wants[2], vectors[3], made[2]);
-    backward(optional(made[0]), optional(made[1]), optional(made[2]), optional(made[3]), dy, x, optional(y),
-             optional(residual), vectors[0], vectors[1], optional(vectors[2]), optional(vectors[3]), training, eps,
-             static_cast<int>(activation), static_cast<int>(threads), kSelect);
-    return py::make_tuple(std::move(dx), std::move(dweight), std::move(dbias), std::move(dresidual)).release().ptr();
+    const py::object saved = attribute(saved_name, 7), needs = attribute(needs_name, 7);
+    const py::object arguments = attribute(arguments_name, 3);
+    if (!saved || !needs || !arguments) return nullptr;
+    const auto at = [](const py::object& tuple, Py_ssize_t i) { return PyTuple_GET_ITEM(tuple.ptr(), i); };
+    Given given{args[1],
+                at(saved, 0),
+                at(saved, 1),
+                at(saved, 2),
+                {at(saved, 3), at(saved, 4), at(saved, 5), at(saved, 6)},
+                at(arguments, 1),
+                at(arguments, 0),
+                at(arguments, 2),
+                args[2],
+                {}};
+    bool any = false;
+    for (int i = 0; i < 4; ++i) any |= given.wants[i] = at(needs, i) == Py_True;
+    int64_t activation;
+    // Without an activation the residual's gradient is dy itself.
+    if (!any || !direct::integer(given.activation, activation) || (given.wants[3] && activation == 0)) return nullptr;
+    return gradients_of(given, 7);
   });
 }
 
@@ -248,6 +316,8 @@ void bind_batch_norm(py::module_& m) {
                  "residual: torch.Tensor | None, mean: torch.Tensor, var: torch.Tensor, weight: torch.Tensor | None, "
                  "bias: torch.Tensor | None, training: bool, eps: float, activation: int, wants: list[bool], "
                  "threads: int) -> object");
+  direct::define(m, "batch_norm_gradients_direct", &gradients_direct,
+                 "batch_norm_gradients_direct(context: object, dy: torch.Tensor, threads: int) -> object");
   m.def("batch_norm_forward", &forward, "y"_a, "mean"_a, "var"_a, "x"_a, "weight"_a, "bias"_a, "residual"_a,
         "training"_a, "eps"_a, "activation"_a, "threads"_a, "kernel"_a = kSelect);
   m.def("batch_norm_backward", &backward, "dx"_a, "dweight"_a, "dbias"_a, "dresidual"_a, "dy"_a, "x"_a, "y"_a,

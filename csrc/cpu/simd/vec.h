@@ -91,17 +91,34 @@ template <class C>
 
 [[gnu::always_inline]] inline void store(float* p, vec<float> v) { *reinterpret_cast<vec<float>*>(p) = v; }
 [[gnu::always_inline]] inline void store(double* p, vec<double> v) { *reinterpret_cast<vec<double>*>(p) = v; }
+#if CNNOPS_ISA_avx512
+// Rounded to nearest even; NaN stays NaN.
+[[gnu::always_inline]] inline __m256i bf16_bits(vec<float> v) {
+  const __m512i bits = reinterpret_cast<__m512i>(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __mmask16 nan = _mm512_cmp_ps_mask(reinterpret_cast<__m512>(v), reinterpret_cast<__m512>(v), _CMP_UNORD_Q);
+  const __m512i out = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(out, 16));
+}
+[[gnu::always_inline]] inline __m256i f16_bits(vec<float> v) {
+  return _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#endif
 [[gnu::always_inline]] inline void store(bf16* p, vec<float> v) {
+#if CNNOPS_ISA_avx512
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bf16_bits(v));
+#else
   const u32v bits = reinterpret_cast<u32v>(v);
   const u32v rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const u32v quiet = (bits >> 16) | 0x40u;
   const u32v out = (v == v) ? rounded : quiet;
   *reinterpret_cast<u16v*>(p) = __builtin_convertvector(out, u16v);
+#endif
 }
 [[gnu::always_inline]] inline void store(f16* p, vec<float> v) {
 #if CNNOPS_ISA_avx512
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), f16_bits(v));
 #elif CNNOPS_ISA_avx2
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -121,10 +138,11 @@ template <class T>
   } else if constexpr (sizeof(T) == 8) {
     return reinterpret_cast<vec<double>>(_mm512_maskz_loadu_pd((1u << n) - 1, p));
   } else {
-    T buffer[kLanes];
     const __m256i bits = _mm256_maskz_loadu_epi16((1u << n) - 1, p);
-    std::memcpy(buffer, &bits, sizeof buffer);
-    return load(buffer);
+    if constexpr (std::is_same_v<T, bf16>)
+      return reinterpret_cast<vec<float>>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+    else
+      return reinterpret_cast<vec<float>>(_mm512_cvtph_ps(bits));
   }
 #else
   T buffer[kLanes] = {};
@@ -139,15 +157,18 @@ template <class T>
 #if CNNOPS_ISA_avx512
   if constexpr (sizeof(T) == 4) {
     _mm512_mask_storeu_ps(p, (1u << n) - 1, reinterpret_cast<__m512>(v));
-    return;
   } else if constexpr (sizeof(T) == 8) {
     _mm512_mask_storeu_pd(p, (1u << n) - 1, reinterpret_cast<__m512d>(v));
-    return;
+  } else if constexpr (std::is_same_v<T, bf16>) {
+    _mm256_mask_storeu_epi16(p, (1u << n) - 1, bf16_bits(v));
+  } else {
+    _mm256_mask_storeu_epi16(p, (1u << n) - 1, f16_bits(v));
   }
-#endif
+#else
   T buffer[kLanes];
   store(buffer, v);
   for (int i = 0; i < n; ++i) p[i] = buffer[i];
+#endif
 }
 
 // The first n lanes as they are, the others zero.

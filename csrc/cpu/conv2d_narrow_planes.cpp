@@ -1,11 +1,11 @@
 // Depthwise convolution of NCHW images of a few pixels a row: filters of 3 x 3, 5 x 5 and 7 x 7, padded so that their middle
 // meets the pixels of the output (every second one, for stride 2). For AVX-512.
 //
-// A row is one or two vectors, or, with 3 x 3 of up to 8 pixels, half of one: then two rows are worked on at once. So every row is
-// read once, nothing outside of it has to be, and the columns of a filter meet it shifted by whole lanes, with zeros coming
-// in from the sides. A step takes one vector of rows of the input, of stride 2 two rows, and adds it to all the rows of the
-// output that it belongs to, which stay in registers meanwhile. In the gradient of the weights the sums of the taps stay
-// there; with 7 x 7 three rows of a filter at a time.
+// A row is one or two vectors, or, with 3 x 3 of up to 8 pixels, half of one: then two rows are worked on at once. So every
+// row is read once, nothing outside of it has to be, and the columns of a filter meet it shifted by whole lanes, with zeros
+// coming in from the sides. A step takes one vector of rows of the input, of stride 2 two rows, and adds it to all the rows
+// of the output that it belongs to, which stay in registers meanwhile. In the gradient of the weights the sums of the taps
+// stay there; with 7 x 7 those of three rows of a filter at a time.
 //
 // Kernels are for float. Planes of the other types are converted once, in the L1 cache.
 //

@@ -8,8 +8,8 @@
 // a copy from and to memory takes 32 (2 threads on 2 cores of 30 GB/s). Large outputs go around the caches: a row follows
 // its neighbour at once, so that they are joined to whole lines.
 //
-// Narrow images leave lanes without work, and have too few sums at a time; 7 x 7 is bound by its 49 products either way:
-// those are left to vectors of channels (conv2d_channel_vectors.h).
+// Narrow images are for conv2d_narrow_planes.cpp, or, as float64, for vectors of channels (conv2d_channel_vectors.h), as 7 x 7
+// is, which is bound by its 49 products either way.
 //
 // In the gradient of the weights zeros stand for what is outside of x and, in a row's last vector, of dy: next to an
 // infinite number they give NaN.

@@ -8,8 +8,8 @@
 // a copy from and to memory takes 32 (2 threads on 2 cores of 30 GB/s). Large outputs go around the caches: a row follows
 // its neighbour at once, so that they are joined to whole lines.
 //
-// Narrow images leave lanes without work, and have too few sums at a time; 7 x 7 is bound by its 49 products either way:
-// those are left to vectors of channels (conv2d_channel_vectors.h).
+// Narrow images are for conv2d_narrow_planes.cpp, or, as float64, for vectors of channels (conv2d_channel_vectors.h), as 7 x 7
+// is, which is bound by its 49 products either way.
 //
 // In the gradient of the weights zeros stand for what is outside of x and, in a row's last vector, of dy: next to an
 // infinite number they give NaN.
@@ -413,7 +413,7 @@ bool has_plane_rows(const Conv2dParams& p, bool gradient) {
 
 // Where the weights of a filter lie.
 struct TapOffsets {
-  int64_t count, of[5 * 5];
+  int64_t count, of[7 * 7];
 
   explicit TapOffsets(const Conv2dParams& p) : count(0) {
     for (int64_t r = 0; r < p.r; ++r)
@@ -538,26 +538,43 @@ void filter_planes(const Conv2dParams& p, bool transposed) {
 constexpr int64_t kChannelBytes = 64 << 10;  // of neighbouring planes that are read together
 constexpr int64_t kSumBytes = 16 << 10;      // of their taps' sums
 
-template <class T>
-void correlate_planes(const Conv2dParams& p) {
+// sums[i] = the sum of the lanes of from[i], i < count <= lanes.
+template <class C>
+[[gnu::always_inline]] inline void sum_all_lanes(const C* from, int64_t count, C* sums) {
+  constexpr int kLanes = lanes<C>;
+  vec<C> v[kLanes];
+  unrolled<0, kLanes>([&](auto i)
+                          CNNOPS_INLINE { v[i.value] = i.value < count ? load(from + i.value * kLanes) : vec<C>{}; });
+  // Each round halves the vectors: then lanes alternate between two of those before, and their sums lie half a vector apart.
+  unrolled<0, 6>([&](auto round) CNNOPS_INLINE {
+    constexpr int kLeft = kLanes >> (decltype(round)::value + 1);
+    unrolled<0, kLeft>([&](auto i) CNNOPS_INLINE {
+      constexpr int kI = decltype(i)::value;
+      v[kI] = zip_low(v[kI], v[kI + kLeft]) + zip_high(v[kI], v[kI + kLeft]);
+    });
+  });
+  C all[kLanes];
+  store(all, v[0]);
+  for (int64_t i = 0; i < count; ++i) sums[i] = all[i];
+}
+
+// dw from what correlate(plane, part of its rows, sums[tap][lane] of its channel) adds to sums; `vectors` of products for one
+// tap in a part.
+template <class T, class Correlate>
+void reduce_planes(const Conv2dParams& p, const Cut& rows, int64_t vectors, const Correlate& correlate) {
   using C = compute_t<T>;
   constexpr int64_t kLanes = lanes<C>;
   const int threads = threads_of(p);
-  const int64_t taps = p.r, step = p.dilation_w, stride = p.stride_w, all = taps * taps;
-  const auto kernels = grad_kernels<T>(taps, step, stride);
-  const int64_t x_plane = p.h * p.w, dy_plane = p.p * p.q;
-  // Strips of rows add to one lane what is between kFlushPixels and twice that; then it goes to a float64 sum.
-  const int64_t tiles = ceil_div(p.q, kLanes);
-  const Cut rows{p.p, ceil_div(p.p, max64(8, kFlushPixels / tiles))};
-  const int64_t flush = max64(1, kFlushPixels / (ceil_div(p.p, rows.parts) * tiles));
-  const int64_t together =
-      max64(1, min64(kSumBytes / (all * kVectorBytes), kChannelBytes / (x_plane * static_cast<int64_t>(sizeof(T)))));
+  const int64_t all = p.r * p.s, x_plane = p.h * p.w;
+  const int64_t flush = max64(1, kFlushPixels / max64(1, vectors));
+  const int64_t together = max64(
+      1, min64(kSumBytes / (all * kVectorBytes), kChannelBytes / max64(1, x_plane * static_cast<int64_t>(sizeof(T)))));
   const Cut blocks{p.c, ceil_div(p.c, together)};
   const int64_t strips = p.n * rows.parts;
-  const Cut slices{strips, max64(1, min64(strips, ceil_div(kWantedTasks, blocks.parts)))};
+  const Cut slices{strips, max64(1, min64(strips, ceil_div(kWantedTasks, max64(1, blocks.parts))))};
   const TapOffsets offsets(p);
   Scratch<double> totals(slices.parts * p.c * all);
-  const ScratchPieces scratch(threads, ceil_div(p.c, blocks.parts) * all * kVectorBytes);
+  const ScratchPieces scratch(threads, ceil_div(p.c, max64(1, blocks.parts)) * all * kVectorBytes);
 #pragma omp parallel num_threads(threads)
   {
     C* const sums = static_cast<C*>(scratch.piece(omp_get_thread_num()));
@@ -571,39 +588,18 @@ void correlate_planes(const Conv2dParams& p) {
       int64_t pending = 0;
       for (int64_t strip = slices.begin(slice); strip < last; ++strip) {
         const int64_t n = strip / rows.parts, part = strip % rows.parts;
-        for (int64_t u = u0; u < u1; ++u) {
-          const int64_t plane = n * p.c + u;
-          PlaneGradStrip<T> b{};
-          b.x.step = p.w * step, b.dy.step = p.q * step;
-          for (int64_t comb = 0; comb < min64(step, p.p); ++comb) {
-            const Comb of(step, p.pad_h, comb);
-            b.x.rows = Comb::count(p.h, of.in_first, step);
-            b.first = Comb::count(rows.begin(part), comb, step), b.last = Comb::count(rows.end(part), comb, step);
-            for (int64_t r = 0; r < taps; r += kernels.rows) {
-              const auto& set = r + kernels.rows <= taps ? kernels.all : kernels.rest;
-              b.pad = of.pad - r;
-              b.sums = sums + ((u - u0) * all + r * taps) * kLanes;
-              for (int64_t tile = 0; tile < tiles; tile += set.most) {
-                const int64_t column = tile * kLanes;
-                b.x.first = static_cast<const T*>(p.x) + plane * x_plane + of.in_first * p.w + column * stride;
-                b.x.left = p.w - column * stride;
-                b.x.inner = tile > 0;
-                b.x.width = tile + r == 0 ? p.w : 0, b.dy.width = tile + r == 0 ? p.q : 0;
-                b.dy.first = static_cast<const T*>(p.y) + plane * dy_plane + comb * p.q + column;
-                b.dy.left = p.q - column;
-                set.of[min64(set.most, tiles - tile) - 1](b);
-              }
-            }
-          }
-        }
+        for (int64_t u = u0; u < u1; ++u) correlate(n * p.c + u, part, sums + (u - u0) * all * kLanes);
         if (++pending == flush || strip + 1 == last) {
           pending = 0;
-          for (int64_t u = 0; u < u1 - u0; ++u)
-            for (int64_t t = 0; t < all; ++t) {
-              C* const from = sums + (u * all + t) * kLanes;
-              total[u * all + t] += sum_lanes<C>(load(from));
-              store(from, vec<C>{});
-            }
+          const int64_t count = (u1 - u0) * all;
+          for (int64_t i = 0; i < count; i += kLanes) {
+            const int64_t now = min64(count - i, kLanes);
+            C made[kLanes];
+            sum_all_lanes(sums + i * kLanes, now, made);
+            for (int64_t j = 0; j < now; ++j) total[i + j] += made[j];
+            if (strip + 1 < last)
+              for (int64_t j = i; j < i + now; ++j) store(sums + j * kLanes, vec<C>{});
+          }
         }
       }
     }
@@ -617,6 +613,42 @@ void correlate_planes(const Conv2dParams& p) {
       }
     }
   }
+}
+
+template <class T>
+void correlate_planes(const Conv2dParams& p) {
+  using C = compute_t<T>;
+  constexpr int64_t kLanes = lanes<C>;
+  const int64_t taps = p.r, step = p.dilation_w, stride = p.stride_w;
+  const auto kernels = grad_kernels<T>(taps, step, stride);
+  const int64_t x_plane = p.h * p.w, dy_plane = p.p * p.q;
+  // Strips of rows add to one lane what is between kFlushPixels and twice that; then it goes to a float64 sum.
+  const int64_t tiles = ceil_div(p.q, kLanes);
+  const Cut rows{p.p, ceil_div(p.p, max64(8, kFlushPixels / tiles))};
+  reduce_planes<T>(p, rows, ceil_div(p.p, rows.parts) * tiles, [&](int64_t plane, int64_t part, C* sums) {
+    PlaneGradStrip<T> b{};
+    b.x.step = p.w * step, b.dy.step = p.q * step;
+    for (int64_t comb = 0; comb < min64(step, p.p); ++comb) {
+      const Comb of(step, p.pad_h, comb);
+      b.x.rows = Comb::count(p.h, of.in_first, step);
+      b.first = Comb::count(rows.begin(part), comb, step), b.last = Comb::count(rows.end(part), comb, step);
+      for (int64_t r = 0; r < taps; r += kernels.rows) {
+        const auto& set = r + kernels.rows <= taps ? kernels.all : kernels.rest;
+        b.pad = of.pad - r;
+        b.sums = sums + r * taps * kLanes;
+        for (int64_t tile = 0; tile < tiles; tile += set.most) {
+          const int64_t column = tile * kLanes;
+          b.x.first = static_cast<const T*>(p.x) + plane * x_plane + of.in_first * p.w + column * stride;
+          b.x.left = p.w - column * stride;
+          b.x.inner = tile > 0;
+          b.x.width = tile + r == 0 ? p.w : 0, b.dy.width = tile + r == 0 ? p.q : 0;
+          b.dy.first = static_cast<const T*>(p.y) + plane * dy_plane + comb * p.q + column;
+          b.dy.left = p.q - column;
+          set.of[min64(set.most, tiles - tile) - 1](b);
+        }
+      }
+    }
+  });
 }
 
 }  // namespace

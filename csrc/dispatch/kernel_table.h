@@ -61,11 +61,13 @@
   CNNOPS_KERNEL(pass, isa, bf16, function##_bf16, accepts) \
   CNNOPS_KERNEL(pass, isa, f16, function##_f16, accepts)
 #if CNNOPS_X86
+#define CNNOPS_KERNELS_FLOAT_X86(pass, isa, function, accepts) CNNOPS_KERNELS_FLOAT(pass, isa, function, accepts)
 #define CNNOPS_KERNELS_FLOAT_CPU(pass, function, accepts) \
   CNNOPS_KERNELS_FLOAT(pass, avx512, function, accepts)   \
   CNNOPS_KERNELS_FLOAT(pass, avx2, function, accepts)     \
   CNNOPS_KERNELS_FLOAT(pass, baseline, function, accepts)
 #else
+#define CNNOPS_KERNELS_FLOAT_X86(pass, isa, function, accepts)
 #define CNNOPS_KERNELS_FLOAT_CPU(pass, function, accepts) CNNOPS_KERNELS_FLOAT(pass, baseline, function, accepts)
 #endif
 // A kernel at every level, for float32 alone.

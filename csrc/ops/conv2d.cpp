@@ -9,6 +9,21 @@ namespace {
 
 bool is_depthwise(const Conv2dParams& p) { return p.groups == p.c && p.k == p.c; }
 
+// NCHW rows of at most two vectors, of stride 2 one, few enough to be summed in float32, and a square filter whose middle meets
+// the output's pixels.
+bool has_narrow_planes(const Conv2dParams& p) {
+  const int64_t taps = p.s, stride = p.stride_w;
+  return is_depthwise(p) && p.layout == Layout::nchw && p.r == taps && (taps == 3 || taps == 5 || taps == 7) &&
+         p.stride_h == stride && stride <= 2 && p.dilation_h == 1 && p.dilation_w == 1 && p.pad_h == taps / 2 &&
+         p.pad_w == taps / 2 && p.p == (p.h - 1) / stride + 1 && p.q == (p.w - 1) / stride + 1 && p.w <= 32 &&
+         p.h <= 128 && p.h * p.w > 0 && !(stride == 2 && taps == 7);
+}
+// Where images of 7 x 7 leave lanes without work, vectors of channels are as fast or faster.
+bool narrow_planes_pay(const Conv2dParams& p) { return has_narrow_planes(p) && (p.w > 8 || p.s == 3); }
+bool narrow_planes_weight_grad_pays(const Conv2dParams& p) {
+  return has_narrow_planes(p) && p.w > 8 && !(p.s == 5 && p.q <= 8);
+}
+
 // Under 8 channels meet 8 filters: no work for matrix products.
 bool has_narrow_groups(const Conv2dParams& p) {
   return p.groups > 1 && p.c / p.groups < 8 && p.k / p.groups < 8 && p.r * p.s < 65536;

@@ -73,16 +73,38 @@ template <class C>
 
 [[gnu::always_inline]] inline vec<float> load(const float* p) { return *reinterpret_cast<const vec<float>*>(p); }
 [[gnu::always_inline]] inline vec<double> load(const double* p) { return *reinterpret_cast<const vec<double>*>(p); }
-// Bits of bf16 to floats, and back.
+// Bits of bf16 to floats. By intrinsics: g++ 12 widens such vectors by halves, in four shuffles.
 [[gnu::always_inline]] inline vec<float> widen(u16v bits) {
+#if CNNOPS_ISA_avx512
+  return reinterpret_cast<vec<float>>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(bits)), 16));
+#elif CNNOPS_ISA_avx2
+  return reinterpret_cast<vec<float>>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(bits)), 16));
+#else
   return reinterpret_cast<vec<float>>(__builtin_convertvector(bits, u32v) << 16);
+#endif
 }
+// Rounded to nearest even; NaN stays NaN.
 [[gnu::always_inline]] inline u16v narrow(vec<float> v) {
+#if CNNOPS_ISA_avx512
+  const __m512i bits = reinterpret_cast<__m512i>(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __mmask16 nan = _mm512_cmp_ps_mask(reinterpret_cast<__m512>(v), reinterpret_cast<__m512>(v), _CMP_UNORD_Q);
+  const __m512i out = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+  return reinterpret_cast<u16v>(_mm512_cvtepi32_epi16(_mm512_srli_epi32(out, 16)));
+#else
   const u32v bits = reinterpret_cast<u32v>(v);
   const u32v rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const u32v quiet = (bits >> 16) | 0x40u;
   return __builtin_convertvector((v == v) ? rounded : quiet, u16v);
+#endif
 }
+#if CNNOPS_ISA_avx512
+[[gnu::always_inline]] inline __m256i f16_bits(vec<float> v) {
+  return _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#endif
+
 [[gnu::always_inline]] inline vec<float> load(const bf16* p) { return widen(*reinterpret_cast<const u16v*>(p)); }
 [[gnu::always_inline]] inline vec<float> load(const f16* p) {
 #if CNNOPS_ISA_avx512
@@ -101,8 +123,7 @@ template <class C>
 [[gnu::always_inline]] inline void store(bf16* p, vec<float> v) { *reinterpret_cast<u16v*>(p) = narrow(v); }
 [[gnu::always_inline]] inline void store(f16* p, vec<float> v) {
 #if CNNOPS_ISA_avx512
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), f16_bits(v));
 #elif CNNOPS_ISA_avx2
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -141,17 +162,12 @@ template <class T>
 #if CNNOPS_ISA_avx512
   if constexpr (sizeof(T) == 4) {
     _mm512_mask_storeu_ps(p, (1u << n) - 1, reinterpret_cast<__m512>(v));
-    return;
   } else if constexpr (sizeof(T) == 8) {
     _mm512_mask_storeu_pd(p, (1u << n) - 1, reinterpret_cast<__m512d>(v));
-    return;
-  } else if constexpr (std::is_same_v<T, f16>) {
-    const __m256i bits = _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    _mm256_mask_storeu_epi16(p, (1u << n) - 1, bits);
-    return;
-  } else {
+  } else if constexpr (std::is_same_v<T, bf16>) {
     _mm256_mask_storeu_epi16(p, (1u << n) - 1, reinterpret_cast<__m256i>(narrow(v)));
-    return;
+  } else {
+    _mm256_mask_storeu_epi16(p, (1u << n) - 1, f16_bits(v));
   }
 #else
   T buffer[kLanes];

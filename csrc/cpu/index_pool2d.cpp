@@ -292,6 +292,59 @@ void backward_nchw_scatter(const IndexPool2dParams& p) {
   }
 }
 
+// Windows that share no cell: each writes the cell it chose into zeros that were laid just before, while they lie in the
+// cache. A band is the rows of several rows of windows, and those below them until the next.
+constexpr int64_t kZeroBytes = 16 << 10;
+
+template <class T>
+void backward_nchw_apart(const IndexPool2dParams& p) {
+  const Windows& v = p.windows;
+  const int64_t reach_h = (v.kernel_h - 1) * v.dilation_h + 1, reach_w = (v.kernel_w - 1) * v.dilation_w + 1;
+  const int64_t row_bytes = v.stride_h * p.w * static_cast<int64_t>(sizeof(T)), offsets = v.kernel_h * v.kernel_w;
+  const int64_t most = min64(max64(kZeroBytes / row_bytes, 1), rows_per_unit(p.n * p.c, p.p));
+  const int64_t bands = ceil_div(p.p, most), band = ceil_div(p.p, bands);
+  // Windows [q0, q1) lie in the image's columns.
+  const int64_t q0 = min64(ceil_div(v.pad_w, v.stride_w), p.q);
+  const int64_t q1 = p.w + v.pad_w < reach_w ? q0 : max64(min64((p.w + v.pad_w - reach_w) / v.stride_w + 1, p.q), q0);
+  const Scratch<int64_t> steps(offsets);
+  for (int64_t i = 0; i < offsets; ++i)
+    steps.data[i] = i / v.kernel_w * v.dilation_h * p.w + i % v.kernel_w * v.dilation_w;
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t unit = 0; unit < p.n * p.c * bands; ++unit) {
+    const int64_t plane = unit / bands, first = min64(unit % bands * band, p.p), last = min64(first + band, p.p);
+    if (first == last) continue;
+    T* const dx = static_cast<T*>(p.out) + plane * p.h * p.w;
+    const int64_t from = first == 0 ? 0 : min64(max64(first * v.stride_h - v.pad_h, 0), p.h);
+    const int64_t to = last == p.p ? p.h : min64(max64(last * v.stride_h - v.pad_h, 0), p.h);
+    std::memset(static_cast<void*>(dx + from * p.w), 0, (to - from) * p.w * sizeof(T));
+    for (int64_t pp = first; pp < last; ++pp) {
+      const int64_t top = pp * v.stride_h - v.pad_h;
+      const T* const dy = static_cast<const T*>(p.in) + (plane * p.p + pp) * p.q;
+      const uint8_t* const choice = static_cast<const uint8_t*>(p.choice) + (plane * p.p + pp) * p.q;
+      const auto put = [&](int64_t q, bool inside) __attribute__((always_inline)) {
+        const int64_t offset = choice[q], left = q * v.stride_w - v.pad_w;
+        if (offset >= offsets) return;
+        if (!inside) {
+          const int64_t h = top + offset / v.kernel_w * v.dilation_h, w = left + offset % v.kernel_w * v.dilation_w;
+          if (h < 0 || h >= p.h || w < 0 || w >= p.w) return;
+        }
+        store_scalar(&dx[top * p.w + left + steps.data[offset]], load_scalar(dy[q]) + 0);  // a sum has no -0
+      };
+      const bool whole = top >= 0 && top + reach_h <= p.h;
+      int64_t q = 0;
+      for (; q < (whole ? q0 : p.q); ++q) put(q, false);
+      for (; q < q1; ++q) put(q, true);
+      for (; q < p.q; ++q) put(q, false);
+    }
+  }
+}
+// Where nearly all of dx is zero.
+bool apart(const IndexPool2dParams& p) {
+  const Windows& v = p.windows;
+  return !p.adaptive && v.stride_h > (v.kernel_h - 1) * v.dilation_h && v.stride_w > (v.kernel_w - 1) * v.dilation_w &&
+         v.stride_h * v.stride_w >= 8;
+}
+
 // Windows of 2 x 2 side by side (kernel 2, stride 2, nothing padded or dilated): a row of windows makes its two rows of dx
 // by itself.
 template <class T, bool kIndices>
@@ -571,6 +624,8 @@ void backward(const IndexPool2dParams& p) {
     indices ? backward_nchw_2x2<T, true>(p) : backward_nchw_2x2<T, false>(p);
   } else if (indices) {
     backward_nchw_scatter<T, true>(p);
+  } else if (apart(p)) {
+    backward_nchw_apart<T>(p);
   } else if (const auto rows = rows_kernel<T>(p.windows)) {
     rows(p);
   } else {

@@ -91,12 +91,36 @@ template <class C>
 
 [[gnu::always_inline]] inline void store(float* p, vec<float> v) { *reinterpret_cast<vec<float>*>(p) = v; }
 [[gnu::always_inline]] inline void store(double* p, vec<double> v) { *reinterpret_cast<vec<double>*>(p) = v; }
+#if CNNOPS_ISA_avx512
+// Rounded to bfloat16 in the high half of each lane, from where one permutation takes the numbers.
+[[gnu::always_inline]] inline __m512i rounded_high(vec<float> v) {
+  const __m512i bits = reinterpret_cast<__m512i>(v);
+  const __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), last);
+  const __mmask16 nan = _mm512_cmp_ps_mask(reinterpret_cast<__m512>(v), reinterpret_cast<__m512>(v), _CMP_UNORD_Q);
+  return _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+}
+[[gnu::always_inline]] inline __m256i narrowed(vec<float> v, bf16) {
+  return _mm512_castsi512_si256(
+      _mm512_permutexvar_epi16(_mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 31, 29, 27, 25, 23, 21,
+                                                19, 17, 15, 13, 11, 9, 7, 5, 3, 1),
+                               rounded_high(v)));
+}
+[[gnu::always_inline]] inline __m256i narrowed(vec<float> v, f16) {
+  return _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#endif
+
 [[gnu::always_inline]] inline void store(bf16* p, vec<float> v) {
+#if CNNOPS_ISA_avx512
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrowed(v, bf16{}));
+#else
   const u32v bits = reinterpret_cast<u32v>(v);
   const u32v rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const u32v quiet = (bits >> 16) | 0x40u;
   const u32v out = (v == v) ? rounded : quiet;
   *reinterpret_cast<u16v*>(p) = __builtin_convertvector(out, u16v);
+#endif
 }
 [[gnu::always_inline]] inline void store(f16* p, vec<float> v) {
 #if CNNOPS_ISA_avx512
@@ -110,6 +134,18 @@ template <class C>
 #endif
 }
 
+#if CNNOPS_ISA_avx512
+// By intrinsics: g++ 12 takes such a vector through memory.
+template <class T>
+[[gnu::always_inline]] inline vec<float> widened(__m256i bits) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    return reinterpret_cast<vec<float>>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  } else {
+    return reinterpret_cast<vec<float>>(_mm512_cvtph_ps(bits));
+  }
+}
+#endif
+
 // The first n elements (0 <= n <= lanes); the other lanes are zero. Nothing past p + n is touched.
 template <class T>
 [[gnu::always_inline]] inline vec<compute_t<T>> load_n(const T* p, int n) {
@@ -121,10 +157,7 @@ template <class T>
   } else if constexpr (sizeof(T) == 8) {
     return reinterpret_cast<vec<double>>(_mm512_maskz_loadu_pd((1u << n) - 1, p));
   } else {
-    T buffer[kLanes];
-    const __m256i bits = _mm256_maskz_loadu_epi16((1u << n) - 1, p);
-    std::memcpy(buffer, &bits, sizeof buffer);
-    return load(buffer);
+    return widened<T>(_mm256_maskz_loadu_epi16((1u << n) - 1, p));
   }
 #else
   T buffer[kLanes] = {};
@@ -143,12 +176,28 @@ template <class T>
   } else if constexpr (sizeof(T) == 8) {
     _mm512_mask_storeu_pd(p, (1u << n) - 1, reinterpret_cast<__m512d>(v));
     return;
+  } else {
+    _mm256_mask_storeu_epi16(p, (1u << n) - 1, narrowed(v, T{}));
+    return;
   }
 #endif
   T buffer[kLanes];
   store(buffer, v);
   for (int i = 0; i < n; ++i) p[i] = buffer[i];
 }
+
+#if CNNOPS_ISA_avx512
+// The first n of even[0], odd[0], even[1], ...
+[[gnu::always_inline]] inline void store_zipped_n(bf16* p, vec<float> even, vec<float> odd, int n) {
+  const __m512i low = _mm512_srli_epi32(rounded_high(even), 16);
+  const __m512i both = _mm512_mask_blend_epi16(0xaaaaaaaau, low, rounded_high(odd));
+  if (n >= 2 * lanes<float>) {
+    _mm512_storeu_si512(p, both);
+  } else {
+    _mm512_mask_storeu_epi16(p, (1u << n) - 1, both);
+  }
+}
+#endif
 
 // The first n lanes as they are, the others zero.
 template <class C>

@@ -23,7 +23,7 @@ template <class C>
 }
 // Those lanes, the others zero.
 template <class T>
-[[gnu::always_inline]] inline vec<compute_t<T>> load_within(const T* p, unsigned inside) {
+[[gnu::always_inline]] inline vec<compute_t<T>> load_within(const T* p, [[maybe_unused]] unsigned inside) {
 #if CNNOPS_ISA_avx512
   if constexpr (std::is_same_v<T, float>) {
     return reinterpret_cast<vec<float>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>(inside), p));

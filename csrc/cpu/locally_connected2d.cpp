@@ -131,7 +131,8 @@ template <int kFilters, class T>
 // The gradients of kFilters filters: sums over the images.
 template <int kFilters, class T>
 [[gnu::always_inline]] inline void filter_gradients(const compute_t<T>* patches, int64_t images, int64_t row,
-                                                    const compute_t<T>* dy, int64_t dy_row, int64_t length, T* out) {
+                                                    const compute_t<T>* dy, int64_t dy_row, int64_t length, T* out,
+                                                    bool stream) {
   using C = compute_t<T>;
   for (int64_t i = 0; i < length; i += lanes<C>) {
     vec<C> sum[kFilters] = {};
@@ -140,7 +141,7 @@ template <int kFilters, class T>
       for (int k = 0; k < kFilters; ++k) sum[k] = fma(v, set1(dy[n * dy_row + k]), sum[k]);
     }
     const int part = static_cast<int>(min64(length - i, lanes<C>));
-    for (int k = 0; k < kFilters; ++k) store_n(out + k * length + i, sum[k], part);
+    for (int k = 0; k < kFilters; ++k) store_output(out + k * length + i, sum[k], part, stream);
   }
 }
 
@@ -152,6 +153,7 @@ void weight_grad_of_patches(const Params& p) {
   const Strides step = strides(p.layout, p.k, p.p, p.q);
   const T* const dy = static_cast<const T*>(p.dy);
   T* const dw = static_cast<T*>(p.dw);
+  const bool stream = positions * p.k * length * static_cast<int64_t>(sizeof(T)) >= kLargeImage;
   const Scratch<int64_t> offsets(length);
   list_offsets(p, strides(p.layout, p.c, p.h, p.w), offsets.data);
 #pragma omp parallel for num_threads(p.threads) schedule(static)
@@ -167,8 +169,10 @@ void weight_grad_of_patches(const Params& p) {
     }
     T* const out = dw + position * p.k * length;
     int64_t k = k0;
-    for (; k + 4 <= k1; k += 4) filter_gradients<4, T>(patches, p.n, row, own_dy + k, p.k, length, out + k * length);
-    for (; k < k1; ++k) filter_gradients<1, T>(patches, p.n, row, own_dy + k, p.k, length, out + k * length);
+    for (; k + 4 <= k1; k += 4)
+      filter_gradients<4, T>(patches, p.n, row, own_dy + k, p.k, length, out + k * length, stream);
+    for (; k < k1; ++k) filter_gradients<1, T>(patches, p.n, row, own_dy + k, p.k, length, out + k * length, stream);
+    if (stream) end_streaming();
   }
 }
 
@@ -321,7 +325,8 @@ template <int kFilters, class T>
       if constexpr (kCopiesWeights<T>) {
         for (int k = 0; k < kFilters; ++k)
           for (int64_t i = at; i < end; i += lanes<C>)
-            store(copy + k * kPiece + (i - at), load_n(filters + k * length + i, static_cast<int>(min64(end - i, lanes<C>))));
+            store(copy + k * kPiece + (i - at),
+                  load_n(filters + k * length + i, static_cast<int>(min64(end - i, lanes<C>))));
         piece = copy, pitch = kPiece;
       } else {
         piece = filters + at;
@@ -384,8 +389,7 @@ void forward_of_images(const Params& p) {
 // every line is of another filter, which the processor does not foresee.
 template <int kCount, class T>
 [[gnu::always_inline]] inline void sums_over_filters(const T* filters, int64_t length, int64_t count,
-                                                     const compute_t<T>* dy, const T* next,
-                                                     vec<compute_t<T>>* total) {
+                                                     const compute_t<T>* dy, const T* next, vec<compute_t<T>>* total) {
   using C = compute_t<T>;
   constexpr int64_t kPiece = 32;
   for (int j = 0; j < kCount; ++j) total[j] = vec<C>{};

@@ -71,11 +71,27 @@ template <class C>
   return value - vec<C>{};
 }
 
+#if CNNOPS_ISA_avx512
+// By intrinsics: g++ 12 widens halves of such a vector, or takes it through memory.
+template <class T>
+[[gnu::always_inline]] inline vec<float> widened(__m256i bits) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    return reinterpret_cast<vec<float>>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  } else {
+    return reinterpret_cast<vec<float>>(_mm512_cvtph_ps(bits));
+  }
+}
+#endif
+
 [[gnu::always_inline]] inline vec<float> load(const float* p) { return *reinterpret_cast<const vec<float>*>(p); }
 [[gnu::always_inline]] inline vec<double> load(const double* p) { return *reinterpret_cast<const vec<double>*>(p); }
 [[gnu::always_inline]] inline vec<float> load(const bf16* p) {
+#if CNNOPS_ISA_avx512
+  return widened<bf16>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#else
   const u16v bits = *reinterpret_cast<const u16v*>(p);
   return reinterpret_cast<vec<float>>(__builtin_convertvector(bits, u32v) << 16);
+#endif
 }
 [[gnu::always_inline]] inline vec<float> load(const f16* p) {
 #if CNNOPS_ISA_avx512
@@ -133,18 +149,6 @@ template <class C>
   for (int i = 0; i < lanes<float>; ++i) p[i] = static_cast<f16>(v[i]);
 #endif
 }
-
-#if CNNOPS_ISA_avx512
-// By intrinsics: g++ 12 takes such a vector through memory.
-template <class T>
-[[gnu::always_inline]] inline vec<float> widened(__m256i bits) {
-  if constexpr (std::is_same_v<T, bf16>) {
-    return reinterpret_cast<vec<float>>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-  } else {
-    return reinterpret_cast<vec<float>>(_mm512_cvtph_ps(bits));
-  }
-}
-#endif
 
 // The first n elements (0 <= n <= lanes); the other lanes are zero. Nothing past p + n is touched.
 template <class T>

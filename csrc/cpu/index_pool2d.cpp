@@ -620,41 +620,62 @@ void backward_nhwc(const IndexPool2dParams& p) {
   }
 }
 
-// Windows apart from each other, by indices: each writes its rows of dx alone.
-template <class T>
+// Windows that share no cell: each row of windows lays zeros in its rows of dx, and in those until the next, and stores into
+// them.
+template <class T, bool kIndices>
 void backward_nhwc_apart(const IndexPool2dParams& p) {
   const Windows& v = p.windows;
+  const int64_t offsets = v.kernel_h * v.kernel_w, reach_h = (v.kernel_h - 1) * v.dilation_h + 1;
+  const int64_t reach_w = (v.kernel_w - 1) * v.dilation_w + 1;
+  const Scratch<int64_t> steps(kIndices ? 0 : offsets);
+  if constexpr (!kIndices)
+    for (int64_t i = 0; i < offsets; ++i)
+      steps.data[i] = (i / v.kernel_w * v.dilation_h * p.w + i % v.kernel_w * v.dilation_w) * p.c;
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t row = 0; row < p.n * p.p; ++row) {
     const int64_t pp = row % p.p, top = pp * v.stride_h - v.pad_h;
-    const int64_t from = pp == 0 ? 0 : max64(top, 0), to = pp + 1 == p.p ? p.h : max64(top + v.stride_h, 0);
+    const int64_t from = pp == 0 ? 0 : min64(max64(top, 0), p.h);
+    const int64_t to = pp + 1 == p.p ? p.h : min64(max64(top + v.stride_h, 0), p.h);
     T* const image = static_cast<T*>(p.out) + row / p.p * p.h * p.w * p.c;
     std::memset(static_cast<void*>(image + from * p.w * p.c), 0, (to - from) * p.w * p.c * sizeof(T));
     for (int64_t q = 0; q < p.q; ++q) {
       const int64_t left = q * v.stride_w - v.pad_w, at = (row * p.q + q) * p.c;
       const T* const dy = static_cast<const T*>(p.in) + at;
-      const int64_t* const choice = static_cast<const int64_t*>(p.choice) + at;
-      for (int64_t c = 0; c < p.c; ++c) {
-        const int64_t cell = choice[c];
-        if (cell < from * p.w || cell >= to * p.w) continue;
-        const int64_t h = static_cast<uint32_t>(cell) / static_cast<uint32_t>(p.w), w = cell - h * p.w;
-        if (h >= top && h < top + v.kernel_h && w >= left && w < left + v.kernel_w) image[cell * p.c + c] = dy[c];
+      const auto put = [&](int64_t c, int64_t cell) {
+        store_scalar(&image[cell * p.c + c], load_scalar(dy[c]) + 0);  // a sum has no -0
+      };
+      if constexpr (kIndices) {
+        const int64_t* const choice = static_cast<const int64_t*>(p.choice) + at;
+        for (int64_t c = 0; c < p.c; ++c) {
+          const int64_t cell = choice[c];
+          if (cell < from * p.w || cell >= to * p.w) continue;
+          const int64_t h = static_cast<uint32_t>(cell) / static_cast<uint32_t>(p.w), w = cell - h * p.w;
+          if (h < top || h >= top + reach_h || (h - top) % v.dilation_h != 0) continue;
+          if (w >= left && w < left + reach_w && (w - left) % v.dilation_w == 0) put(c, cell);
+        }
+      } else {
+        const uint8_t* const choice = static_cast<const uint8_t*>(p.choice) + at;
+        if (top >= 0 && top + reach_h <= p.h && left >= 0 && left + reach_w <= p.w) {
+          T* const corner = image + (top * p.w + left) * p.c;
+          for (int64_t c = 0; c < p.c; ++c)
+            if (choice[c] < offsets) store_scalar(&corner[steps.data[choice[c]] + c], load_scalar(dy[c]) + 0);
+        } else {
+          for (int64_t c = 0; c < p.c; ++c) {
+            const int64_t h = top + choice[c] / v.kernel_w * v.dilation_h;
+            const int64_t w = left + choice[c] % v.kernel_w * v.dilation_w;
+            if (choice[c] < offsets && h >= 0 && h < p.h && w >= 0 && w < p.w) put(c, h * p.w + w);
+          }
+        }
       }
     }
   }
-}
-// Large ones: nearly all of dx is zero then.
-bool large_and_apart(const IndexPool2dParams& p) {
-  const Windows& v = p.windows;
-  return !p.adaptive && p.mode == Choice::indices && v.stride_h >= v.kernel_h && v.stride_w >= v.kernel_w &&
-         v.dilation_h == 1 && v.dilation_w == 1 && v.kernel_h * v.kernel_w >= 8;
 }
 
 template <class T>
 void backward(const IndexPool2dParams& p) {
   const bool indices = p.mode == Choice::indices;
-  if (p.layout == Layout::nhwc && large_and_apart(p)) {
-    backward_nhwc_apart<T>(p);
+  if (p.layout == Layout::nhwc && apart(p)) {
+    indices ? backward_nhwc_apart<T, true>(p) : backward_nhwc_apart<T, false>(p);
   } else if (p.layout == Layout::nhwc) {
     indices ? backward_nhwc<T, true>(p) : backward_nhwc<T, false>(p);
   } else if (!p.adaptive && side_by_side_2x2(p)) {

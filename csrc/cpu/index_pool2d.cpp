@@ -1,7 +1,7 @@
 // Derivatives of picking poolings. Every element of dx is added up by one thread in the contract's order, so nothing is
-// added atomically. NCHW: windows of common shapes row by row, with vectors along a row of dx; others where their choice
+// added atomically. NCHW: windows of common shapes in strips of dx, with vectors along its rows; others where their choice
 // says; windows of 2 x 2 side by side are simpler than either. NHWC: vectors run along the channels, and each element of dx
-// asks the windows that hold it whether they chose it.
+// asks the windows that hold it whether they chose it. Both: larger windows that share no cell store one element each.
 #include "ops/index_pool2d.h"
 
 #include <omp.h>

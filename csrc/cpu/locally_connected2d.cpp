@@ -3,8 +3,8 @@
 // Work is cut by output position (and by channel where positions are few).
 //
 // Few images: their patches are gathered into rows of the compute type, and vectors run along the filters. From kLeast
-// images on, forward and the input's gradient turn the images first, so that the lanes of a vector are images: sums need
-// no adding of lanes, patches no gathering.
+// images on, the images are turned first, so that the lanes of a vector are images: sums need no adding of lanes, patches
+// no gathering. Of 16 images in float32, arithmetic takes as long as the weights take from memory.
 #include <omp.h>
 
 #include "ops/locally_connected2d.h"

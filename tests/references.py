@@ -188,10 +188,12 @@ PICK_POOLS = (
     pool((3, 3), (2, 2)),
     pool((3, 3), (2, 2), (1, 1), (2, 2)),
     pool((5, 5), (1, 1), (2, 2)),
+    pool((3, 3), (4, 3), (1, 1)),
+    pool((2, 2), (4, 5), (1, 1), (2, 3)),
 )
 PICK_SHAPES = ((2, 3, 17, 19), (1, 37, 8, 8), (1, 2, 9, 67))
 # So many planes that they are not cut into units; those of the second are of more rows than are worked on at a time.
-MANY_PLANES, MANY_TALL_PLANES = (1, 64, 9, 21), (1, 64, 61, 40)
+MANY_PLANES, MANY_TALL_PLANES = (1, 64, 9, 21), (1, 64, 67, 40)
 
 
 ADAPTIVE_SIZES = ((1, 1), (2, 3), (4, 4), (5, 7), (20, 20))
@@ -327,7 +329,7 @@ def _median_pool2d_forward() -> Iterator[Callable]:
 def picks() -> Iterator[dict]:
     """The problems of index_pool2d."""
     for format in FORMATS:
-        for shape in (*PICK_SHAPES, MANY_PLANES):
+        for shape in (*PICK_SHAPES, MANY_PLANES, MANY_TALL_PLANES):
             for pool in PICK_POOLS:
                 for mode in ("offsets", "indices"):
                     yield dict(format=format, shape=shape, pool=pool, mode=mode)
@@ -767,6 +769,8 @@ LOCALLY_CONNECTED = (
     dict(x=(19, 4, 7, 6), k=6, rs=(3, 2), stride=(2, 1), padding=(1, 1, 0, 1), dilation=(1, 2)),
     dict(x=(1, 7, 12, 12), k=3, rs=(1, 1), stride=(1, 1), padding=(0, 0, 0, 0), dilation=(1, 1)),
     dict(x=(5, 17, 4, 5), k=37, rs=(2, 3), stride=(1, 2), padding=(2, 2, 4, 4), dilation=(2, 2)),
+    dict(x=(9, 5, 6, 7), k=37, rs=(3, 3), stride=(1, 1), padding=(1, 1, 1, 1), dilation=(1, 1)),
+    dict(x=(8, 18, 9, 10), k=19, rs=(2, 2), stride=(1, 1), padding=(0, 0, 0, 0), dilation=(1, 1)),
 )
 
 

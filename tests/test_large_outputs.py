@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cnnops.functional as CF
+from cnnops.bench.cases import locally_connected_by_unfolding
 
 SHAPE = (2, 32, 367, 363)  # 17 MB in bfloat16; the planes begin anywhere in a cache line
 FORMATS = pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
@@ -78,3 +80,12 @@ def test_pooling(dtype: torch.dtype, format: torch.memory_format, name: str) -> 
         lambda x: getattr(CF, name)(x, 3, 2, 1), lambda x: getattr(F, name)(x, 3, 2, 1),
         [image(dtype, format, *SHAPE)],
     )  # fmt: skip
+
+
+@FORMATS
+@DTYPES
+@pytest.mark.parametrize("images", [1, 9])
+def test_locally_connected2d(dtype: torch.dtype, format: torch.memory_format, images: int) -> None:
+    x, weight = image(dtype, format, images, 16, 33, 33), torch.randn(31, 31, 64, 16, 3, 3).to(dtype)  # 18 MB
+    unfolded = partial(locally_connected_by_unfolding, bias=None, stride=(1, 1), pad=(0, 0), dilation=(1, 1))
+    check(CF.locally_connected2d, unfolded, [x, weight])

@@ -198,29 +198,40 @@ void backward_nchw(const AvgPool2dParams& p) {
 }
 
 // to[c] = sum over k of from[at[k] + c] * scale[k] (scale null: all 1), over D.  kCount: the number of terms where it is
-// worth unrolling, else 0.
+// worth unrolling, else 0: then several vectors are summed at once, since each sum waits for the one before it.
 template <class T, int kCount, bool kScale>
 void sum_nhwc(T* to, const T* from, const int64_t* at, const compute_t<T>* scale, int64_t count, compute_t<T> divisor,
               int64_t channels, bool stream) {
   using C = compute_t<T>;
+  constexpr int kVectors = kCount ? 1 : 4;
   const int64_t total = kCount ? kCount : count;
-  const auto vectors = [&](int64_t c, int part) {
-    vec<C> sum = {};
+  const auto vectors = [&]<int kSums>(int64_t c, int part) __attribute__((always_inline)) {
+    vec<C> sums[kSums] = {};
 #pragma GCC unroll 9
     for (int64_t k = 0; k < total; ++k) {
-      const vec<C> term = load_n(from + at[k] + c, part);
-      if constexpr (kScale) {
-        sum += term * scale[k];
-      } else {
-        sum += term;
+      const T* const x = from + at[k] + c;
+#pragma GCC unroll 4
+      for (int i = 0; i < kSums; ++i) {
+        const vec<C> term = load_n(x + i * lanes<C>, part);
+        if constexpr (kScale) {
+          sums[i] += term * scale[k];
+        } else {
+          sums[i] += term;
+        }
       }
     }
-    if constexpr (!kScale) sum /= divisor;
-    store_output(to + c, sum, part, stream);
+#pragma GCC unroll 4
+    for (int i = 0; i < kSums; ++i) {
+      if constexpr (!kScale) sums[i] /= divisor;
+      store_output(to + c + i * lanes<C>, sums[i], part, stream);
+    }
   };
   int64_t c = 0;
-  for (; c + lanes<C> <= channels; c += lanes<C>) vectors(c, lanes<C>);
-  if (c < channels) vectors(c, static_cast<int>(channels - c));
+  if constexpr (kVectors > 1)
+    for (; c + kVectors * lanes<C> <= channels; c += kVectors * lanes<C>)
+      vectors.template operator()<kVectors>(c, lanes<C>);
+  for (; c + lanes<C> <= channels; c += lanes<C>) vectors.template operator()<1>(c, lanes<C>);
+  if (c < channels) vectors.template operator()<1>(c, static_cast<int>(channels - c));
 }
 template <class T, bool kScale>
 void sum_pixels(T* to, const T* from, const int64_t* at, const compute_t<T>* scale, int64_t count, compute_t<T> divisor,

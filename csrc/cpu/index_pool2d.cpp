@@ -1,7 +1,7 @@
 // Derivatives of picking poolings. Every element of dx is added up by one thread in the contract's order, so nothing is
-// added atomically. NCHW: windows of common shapes row by row, with vectors along a row of dx; others where their choice
+// added atomically. NCHW: windows of common shapes in strips of dx, with vectors along its rows; others where their choice
 // says; windows of 2 x 2 side by side are simpler than either. NHWC: vectors run along the channels, and each element of dx
-// asks the windows that hold it whether they chose it.
+// asks the windows that hold it whether they chose it. Both: larger windows that share no cell store one element each.
 #include "ops/index_pool2d.h"
 
 #include <omp.h>
@@ -13,6 +13,30 @@
 namespace cnnops::CNNOPS_ISA {
 namespace {
 
+// Where loads take masks, rows are read in place: what lies beside them is not touched. Else from copies.
+constexpr bool kMaskedLoads = CNNOPS_ISA_HAS_MASKS;
+// The lanes from `at` on that lie in [0, count).
+template <class C>
+[[gnu::always_inline]] inline unsigned lanes_within(int64_t at, int64_t count) {
+  const auto below = [](int64_t n) { return (1u << min64(max64(n, 0), lanes<C>)) - 1; };
+  return below(count - at) & ~below(-at);
+}
+// Those lanes, the others zero.
+template <class T>
+[[gnu::always_inline]] inline vec<compute_t<T>> load_within(const T* p, [[maybe_unused]] unsigned inside) {
+#if CNNOPS_ISA_avx512
+  if constexpr (std::is_same_v<T, float>) {
+    return reinterpret_cast<vec<float>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>(inside), p));
+  } else if constexpr (std::is_same_v<T, double>) {
+    return reinterpret_cast<vec<double>>(_mm512_maskz_loadu_pd(static_cast<__mmask8>(inside), p));
+  } else {
+    return widened<T>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(inside), p));
+  }
+#else
+  return load(p);
+#endif
+}
+
 // One byte a lane, read once to be compared with several values; `less` is subtracted from each first, so that few values
 // need a register.
 template <class C>
@@ -20,12 +44,16 @@ struct LaneBytes {
 #if CNNOPS_ISA_avx512
   __m128i bytes;
   [[gnu::always_inline]] LaneBytes(const uint8_t* p, int less)
-      : bytes(_mm_sub_epi8(lanes<C> == 16 ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)) : _mm_loadu_si64(p),
-                           _mm_set1_epi8(static_cast<char>(less)))) {}
+      : LaneBytes(lanes<C> == 16 ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)) : _mm_loadu_si64(p), less) {}
+  [[gnu::always_inline]] LaneBytes(const uint8_t* p, int less, unsigned inside)
+      : LaneBytes(_mm_maskz_loadu_epi8(static_cast<__mmask16>(inside), p), less) {}
+  [[gnu::always_inline]] LaneBytes(__m128i bytes, int less)
+      : bytes(_mm_sub_epi8(bytes, _mm_set1_epi8(static_cast<char>(less)))) {}
 #else
   ivec<C> wide;
   [[gnu::always_inline]] LaneBytes(const uint8_t* p, int less)
       : wide(load_u8_n<C>(p, lanes<C>) - static_cast<int_t<C>>(less)) {}
+  [[gnu::always_inline]] LaneBytes(const uint8_t* p, int less, unsigned) : LaneBytes(p, less) {}
 #endif
   // sum + v where the byte is `value`, elsewhere sum.
   [[gnu::always_inline]] vec<C> add_where(int value, vec<C> sum, vec<C> v) const {
@@ -45,102 +73,119 @@ struct LaneBytes {
   }
 };
 
-// What a row of windows is added to: rows of dx by phases of the stride, each phase `width` elements.
-template <class T>
-struct RowsUnderWindows {
-  using C = compute_t<T>;
-  C* held;     // the rows that later windows reach too, from the topmost on
-  T* done[2];  // where the rows go that none reaches, `stride` of them
-  int64_t w, width;
+// Rows of dx under rows of windows.
+template <class T, class U>
+struct Strips {
+  const U* dy;  // rows of windows; T itself where loads take masks, else copies with zeros on both sides
+  const uint8_t* choice;
+  int64_t pitch, p, q;  // of dy and choice
+  T* dx;
+  int64_t h0, h1, w;  // rows of dx
+  int64_t pad_h;
   int64_t shift[2];  // by phase of the padded row
   bool swapped;      // the second phase of the padded row comes first in dx
   bool stream;
 };
 
-// Adds a row of windows. Each tap compares the windows' bytes with its offset, so that a window costs kKernel^2 compares of
-// a lane each and no scattered access.
-template <class T, int kKernel, int kStride, int kDilation>
-void add_windows(const uint8_t* choice, const compute_t<T>* dy, const RowsUnderWindows<T>& rows) {
+// A strip of dx, as wide as a vector of windows from window i on: all rows of windows over it pass, and the sums that later
+// ones add to stay in registers. Each tap compares the windows' bytes with its offset, so that a vector of windows costs
+// kKernel^2 compares and no scattered access.
+template <class T, class U, int kKernel, int kStride, int kDilation>
+void backward_strip(const Strips<T, U>& s, int64_t i) {
   using C = compute_t<T>;
-  constexpr int kReach = (kKernel - 1) * kDilation + 1, kHeld = kReach - kStride;
-  C* const held = rows.held;
-  T *const first_done = rows.done[0], *const second_done = rows.done[1];
-  const int64_t width = rows.width, w = rows.w, shift[2] = {rows.shift[0], rows.shift[1]};
-  const bool swapped = rows.swapped, stream = rows.stream;
-  // Whether any tap sees a row and a phase.
-  constexpr auto reached = [](int a, int k) { return kDilation % kStride != 0 || (a % kStride == 0 && k == 0); };
-  for (int64_t i = 0; i < width; i += lanes<C>) {
-    vec<C> sums[kReach][kStride];
+  constexpr int kReach = (kKernel - 1) * kDilation + 1;
+  int64_t at[kKernel];
+  unsigned inside[kKernel];
+#pragma GCC unroll 8
+  for (int t = 0; t < kKernel; ++t) {
+    at[t] = i + s.shift[t * kDilation % kStride] - t * kDilation / kStride;
+    inside[t] = lanes_within<C>(at[t], s.q);
+  }
+  const int64_t left = s.w - kStride * i;
+  const int part = static_cast<int>(min64(left, lanes<C>)), rest = static_cast<int>(min64(left - part, lanes<C>));
+  vec<C> sums[kReach][kStride] = {};
+  const int64_t last = ceil_div(s.h1 + s.pad_h, kStride);
+  for (int64_t pp = first_window(s.h0, s.pad_h, kReach, kStride); pp < last; ++pp) {
+    if (pp < s.p) {
+      const U* const dy = s.dy + pp * s.pitch;
+      const uint8_t* const choice = s.choice + pp * s.pitch;
+#pragma GCC unroll 8
+      for (int t = kKernel - 1; t >= 0; --t) {  // the farthest tap is the first window's
+        const LaneBytes<C> chosen(choice + at[t], t, inside[t]);
+        const vec<C> g = load_within(dy + at[t], inside[t]);
+#pragma GCC unroll 8
+        for (int r = 0; r < kKernel; ++r) {
+          vec<C>& sum = sums[r * kDilation][t * kDilation % kStride];
+          sum = chosen.add_where(r * kKernel, sum, g);
+        }
+      }
+    }
+#pragma GCC unroll 2
+    for (int a = 0; a < kStride; ++a) {
+      const int64_t h = pp * kStride - s.pad_h + a;
+      if (h < s.h0 || h >= s.h1) continue;
+      T* const to = s.dx + h * s.w + kStride * i;
+      if constexpr (kStride == 1) {
+        store_output(to, sums[a][0], part, s.stream);
+      } else {
+        const vec<C> even = s.swapped ? sums[a][1] : sums[a][0], odd = s.swapped ? sums[a][0] : sums[a][1];
+#if CNNOPS_ISA_avx512
+        if constexpr (std::is_same_v<T, bf16>) {
+          if (s.stream) {
+            store_output(to, zip_low(even, odd), part, true);
+            if (rest > 0) store_output(to + lanes<C>, zip_high(even, odd), rest, true);
+          } else {
+            store_zipped_n(to, even, odd, part + rest);
+          }
+          continue;
+        }
+#endif
+        store_output(to, zip_low(even, odd), part, s.stream);
+        if (rest > 0) store_output(to + lanes<C>, zip_high(even, odd), rest, s.stream);
+      }
+    }
 #pragma GCC unroll 16
     for (int a = 0; a < kReach; ++a)
 #pragma GCC unroll 2
       for (int k = 0; k < kStride; ++k)
-        sums[a][k] = a < kHeld && reached(a, k) ? load(held + (a * kStride + k) * width + i) : vec<C>{};
-#pragma GCC unroll 8
-    for (int t = kKernel - 1; t >= 0; --t) {  // the farthest tap is the first window's
-      const int k = t * kDilation % kStride;
-      const int64_t at = i + shift[k] - t * kDilation / kStride;
-      const LaneBytes<C> chosen(choice + at, t);
-      const vec<C> g = load(dy + at);
-#pragma GCC unroll 8
-      for (int r = 0; r < kKernel; ++r)
-        sums[r * kDilation][k] = chosen.add_where(r * kKernel, sums[r * kDilation][k], g);
-    }
-#pragma GCC unroll 16
-    for (int a = 0; a < kHeld; ++a)
-#pragma GCC unroll 2
-      for (int k = 0; k < kStride; ++k)
-        if (reached(a, k)) store(held + (a * kStride + k) * width + i, sums[a + kStride][k]);
-    const int64_t left = w - kStride * i;
-    const int part = static_cast<int>(min64(left, lanes<C>));
-#pragma GCC unroll 2
-    for (int a = 0; a < kStride; ++a) {
-      T* const to = a == 0 ? first_done : second_done;
-      if constexpr (kStride == 1) {
-        store_output(to + i, sums[a][0], part, stream);
-      } else {
-        const vec<C> even = sums[a][swapped ? 1 : 0], odd = sums[a][swapped ? 0 : 1];
-        store_output(to + 2 * i, zip_low(even, odd), part, stream);
-        if (left > lanes<C>)
-          store_output(to + 2 * i + lanes<C>, zip_high(even, odd), static_cast<int>(min64(left - lanes<C>, lanes<C>)),
-                       stream);
-      }
-    }
+        sums[a][k] = a + kStride < kReach ? sums[min64(a + kStride, kReach - 1)][k] : vec<C>{};
   }
 }
 
-// Overlapping windows of a few common shapes (square, as stride and dilation are): the rows of windows pass once, each
-// adding to the rows of dx under it, which stay in L1 until the last window has passed. Vectors run along a row of dx, by
-// phases of the stride.
+// Overlapping windows of a few common shapes (square, as stride and dilation are), in strips of a band of rows. Vectors run
+// along a row of dx, by phases of the stride.
+constexpr int64_t kBandRows = 64;
+
 template <class T, int kKernel, int kStride, int kDilation>
-void backward_nchw_rows(const IndexPool2dParams& p) {
+void backward_nchw_strips(const IndexPool2dParams& p) {
   using C = compute_t<T>;
-  constexpr int kReach = (kKernel - 1) * kDilation + 1, kHeld = kReach - kStride;
-  static_assert((kStride == 1 || kStride == 2) && kHeld >= 0);
+  using U = std::conditional_t<kMaskedLoads, T, C>;
+  constexpr int kReach = (kKernel - 1) * kDilation + 1;
+  static_assert((kStride == 1 || kStride == 2) && kReach >= kStride);
   const Windows& v = p.windows;
-  RowsUnderWindows<T> shape{};
-  shape.w = p.w, shape.width = round_up(ceil_div(p.w, kStride), lanes<C>);
+  Strips<T, U> shape{};
+  shape.p = p.p, shape.q = p.q, shape.w = p.w, shape.pad_h = v.pad_h;
+  const int64_t width = round_up(ceil_div(p.w, kStride), lanes<C>);
   // Element i of phase j of a row of dx is column kStride*i + j. That is cell kStride*(i + shift[k]) + k of the padded
   // row, and tap t sees it in window i + shift[k] - t*kDilation / kStride where t*kDilation is k modulo kStride.
   for (int j = 0; j < kStride; ++j) shape.shift[(j + v.pad_w) % kStride] = (j + v.pad_w) / kStride;
   shape.swapped = v.pad_w % kStride != 0;
   shape.stream = p.n * p.c * p.h * p.w * static_cast<int64_t>(sizeof(T)) >= kLargeImage &&
                  p.w * static_cast<int64_t>(sizeof(T)) % 64 == 0;
-  const int64_t lead = round_up((kReach - 1) / kStride, lanes<C>), held = kHeld * kStride * shape.width;
-  const int64_t length = lead + round_up(max64(p.q, shape.width + v.pad_w / kStride + 1), lanes<C>);
-  const int64_t unit_rows = rows_per_unit(p.n * p.c, p.h), units_each = ceil_div(p.h, unit_rows);
+  const int64_t lead = round_up((kReach - 1) / kStride, lanes<C>);
+  shape.pitch = kMaskedLoads ? p.q : lead + round_up(max64(p.q, width + v.pad_w / kStride + 1), lanes<C>);
+  const int64_t unit_rows = min64(rows_per_unit(p.n * p.c, p.h), kBandRows), units_each = ceil_div(p.h, unit_rows);
+  // Copies of the rows of windows over a band.
+  const int64_t copied = kMaskedLoads ? 0 : shape.pitch * ((unit_rows + kReach - 2) / kStride + 2);
 
   struct Piece {
-    C *dy, *held;  // dy and choice: two rows, since the next one is written while one is read
+    C* dy;
     uint8_t* choice;
-    T* beside;  // a row of dx that is another unit's
   };
   const auto lay_out = [&](Arena arena, int64_t* bytes) {
     Piece s;
-    s.dy = arena.take<C>(2 * length);
-    s.held = arena.take<C>(held);
-    s.choice = arena.take<uint8_t>(2 * length);
-    s.beside = arena.take<T>(p.w);
+    s.dy = arena.take<C>(copied);
+    s.choice = arena.take<uint8_t>(copied);
     *bytes = arena.used;
     return s;
   };
@@ -152,38 +197,30 @@ void backward_nchw_rows(const IndexPool2dParams& p) {
   {
     int64_t ignored;
     const Piece s = lay_out(Arena{static_cast<char*>(scratch.piece(omp_get_thread_num()))}, &ignored);
-    for (int64_t i = 0; i < 2 * length; ++i) s.dy[i] = 0, s.choice[i] = kNoOffset;
-    RowsUnderWindows<T> rows = shape;
-    rows.held = s.held;
+    for (int64_t i = 0; i < copied; ++i) s.dy[i] = 0, s.choice[i] = kNoOffset;
 
 #pragma omp for schedule(static)
     for (int64_t unit = 0; unit < p.n * p.c * units_each; ++unit) {
-      const int64_t plane = unit / units_each, from = unit % units_each * unit_rows, to = min64(from + unit_rows, p.h);
+      const int64_t plane = unit / units_each;
+      Strips<T, U> strips = shape;
+      strips.h0 = unit % units_each * unit_rows, strips.h1 = min64(strips.h0 + unit_rows, p.h);
+      strips.dx = static_cast<T*>(p.out) + plane * p.h * p.w;
       const T* const dy = static_cast<const T*>(p.in) + plane * p.p * p.q;
       const uint8_t* const choice = static_cast<const uint8_t*>(p.choice) + plane * p.p * p.q;
-      T* const dx = static_cast<T*>(p.out) + plane * p.h * p.w;
-      for (int64_t i = 0; i < held; ++i) s.held[i] = 0;
-      const auto fetch = [&](int64_t pp) {
-        const int64_t at = pp % 2 * length + lead;
-        if (pp < p.p) {
+      if constexpr (kMaskedLoads) {
+        strips.dy = dy, strips.choice = choice;
+      } else {
+        const int64_t first = first_window(strips.h0, v.pad_h, kReach, kStride);
+        const int64_t last = min64(ceil_div(strips.h1 + v.pad_h, kStride), p.p);
+        strips.dy = s.dy + lead - first * shape.pitch, strips.choice = s.choice + lead - first * shape.pitch;
+        for (int64_t pp = first; pp < last; ++pp) {
+          const int64_t at = (pp - first) * shape.pitch + lead;
           for (int64_t q = 0; q < p.q; q += lanes<C>)
             store(s.dy + at + q, load_n(dy + pp * p.q + q, part_of<C>(q, p.q)));
           std::memcpy(s.choice + at, choice + pp * p.q, p.q);
-        } else {
-          for (int64_t q = 0; q < p.q; ++q) s.dy[at + q] = 0;
         }
-      };
-      const int64_t first = first_window(from, v.pad_h, kReach, kStride), last = ceil_div(to + v.pad_h, kStride);
-      fetch(first);
-      for (int64_t pp = first; pp < last; ++pp) {
-        fetch(pp + 1);
-        for (int a = 0; a < kStride; ++a) {
-          const int64_t h = pp * kStride - v.pad_h + a;
-          rows.done[a] = h >= from && h < to ? dx + h * p.w : s.beside;
-        }
-        const int64_t at = pp % 2 * length + lead;
-        add_windows<T, kKernel, kStride, kDilation>(s.choice + at, s.dy + at, rows);
       }
+      for (int64_t i = 0; i < width; i += lanes<C>) backward_strip<T, U, kKernel, kStride, kDilation>(strips, i);
       if (shape.stream) end_streaming();
     }
   }
@@ -292,6 +329,59 @@ void backward_nchw_scatter(const IndexPool2dParams& p) {
   }
 }
 
+// Windows that share no cell: each writes the cell it chose into zeros that were laid just before, while they lie in the
+// cache. A band is the rows of several rows of windows, and those below them until the next.
+constexpr int64_t kZeroBytes = 16 << 10;
+
+template <class T>
+void backward_nchw_apart(const IndexPool2dParams& p) {
+  const Windows& v = p.windows;
+  const int64_t reach_h = (v.kernel_h - 1) * v.dilation_h + 1, reach_w = (v.kernel_w - 1) * v.dilation_w + 1;
+  const int64_t row_bytes = v.stride_h * p.w * static_cast<int64_t>(sizeof(T)), offsets = v.kernel_h * v.kernel_w;
+  const int64_t most = min64(max64(kZeroBytes / row_bytes, 1), rows_per_unit(p.n * p.c, p.p));
+  const int64_t bands = ceil_div(p.p, most), band = ceil_div(p.p, bands);
+  // Windows [q0, q1) lie in the image's columns.
+  const int64_t q0 = min64(ceil_div(v.pad_w, v.stride_w), p.q);
+  const int64_t q1 = p.w + v.pad_w < reach_w ? q0 : max64(min64((p.w + v.pad_w - reach_w) / v.stride_w + 1, p.q), q0);
+  const Scratch<int64_t> steps(offsets);
+  for (int64_t i = 0; i < offsets; ++i)
+    steps.data[i] = i / v.kernel_w * v.dilation_h * p.w + i % v.kernel_w * v.dilation_w;
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t unit = 0; unit < p.n * p.c * bands; ++unit) {
+    const int64_t plane = unit / bands, first = min64(unit % bands * band, p.p), last = min64(first + band, p.p);
+    if (first == last) continue;
+    T* const dx = static_cast<T*>(p.out) + plane * p.h * p.w;
+    const int64_t from = first == 0 ? 0 : min64(max64(first * v.stride_h - v.pad_h, 0), p.h);
+    const int64_t to = last == p.p ? p.h : min64(max64(last * v.stride_h - v.pad_h, 0), p.h);
+    std::memset(static_cast<void*>(dx + from * p.w), 0, (to - from) * p.w * sizeof(T));
+    for (int64_t pp = first; pp < last; ++pp) {
+      const int64_t top = pp * v.stride_h - v.pad_h;
+      const T* const dy = static_cast<const T*>(p.in) + (plane * p.p + pp) * p.q;
+      const uint8_t* const choice = static_cast<const uint8_t*>(p.choice) + (plane * p.p + pp) * p.q;
+      const auto put = [&](int64_t q, bool inside) __attribute__((always_inline)) {
+        const int64_t offset = choice[q], left = q * v.stride_w - v.pad_w;
+        if (offset >= offsets) return;
+        if (!inside) {
+          const int64_t h = top + offset / v.kernel_w * v.dilation_h, w = left + offset % v.kernel_w * v.dilation_w;
+          if (h < 0 || h >= p.h || w < 0 || w >= p.w) return;
+        }
+        store_scalar(&dx[top * p.w + left + steps.data[offset]], load_scalar(dy[q]) + 0);  // a sum has no -0
+      };
+      const bool whole = top >= 0 && top + reach_h <= p.h;
+      int64_t q = 0;
+      for (; q < (whole ? q0 : p.q); ++q) put(q, false);
+      for (; q < q1; ++q) put(q, true);
+      for (; q < p.q; ++q) put(q, false);
+    }
+  }
+}
+// Where nearly all of dx is zero.
+bool apart(const IndexPool2dParams& p) {
+  const Windows& v = p.windows;
+  return !p.adaptive && v.stride_h > (v.kernel_h - 1) * v.dilation_h && v.stride_w > (v.kernel_w - 1) * v.dilation_w &&
+         v.stride_h * v.stride_w >= 8;
+}
+
 // Windows of 2 x 2 side by side (kernel 2, stride 2, nothing padded or dilated): a row of windows makes its two rows of dx
 // by itself.
 template <class T, bool kIndices>
@@ -341,17 +431,17 @@ bool side_by_side_2x2(const IndexPool2dParams& p) {
          v.dilation_h == 1 && v.dilation_w == 1 && 2 * p.p <= p.h && 2 * p.q <= p.w;
 }
 
-// The shape's kernel in rows, or null.
+// The shape's kernel in strips, or null.
 template <class T>
-auto rows_kernel(const Windows& v) -> void (*)(const IndexPool2dParams&) {
+auto strips_kernel(const Windows& v) -> void (*)(const IndexPool2dParams&) {
   if (v.kernel_h != v.kernel_w || v.stride_h != v.stride_w || v.dilation_h != v.dilation_w) return nullptr;
   const auto is = [&](int64_t kernel, int64_t stride, int64_t dilation) {
     return v.kernel_w == kernel && v.stride_w == stride && v.dilation_w == dilation;
   };
-  if (is(3, 2, 1)) return backward_nchw_rows<T, 3, 2, 1>;
-  if (is(3, 2, 2)) return backward_nchw_rows<T, 3, 2, 2>;
-  if (is(3, 1, 1)) return backward_nchw_rows<T, 3, 1, 1>;
-  if (is(5, 1, 1)) return backward_nchw_rows<T, 5, 1, 1>;
+  if (is(3, 2, 1)) return backward_nchw_strips<T, 3, 2, 1>;
+  if (is(3, 2, 2)) return backward_nchw_strips<T, 3, 2, 2>;
+  if (is(3, 1, 1)) return backward_nchw_strips<T, 3, 1, 1>;
+  if (is(5, 1, 1)) return backward_nchw_strips<T, 5, 1, 1>;
   return nullptr;
 }
 
@@ -530,49 +620,72 @@ void backward_nhwc(const IndexPool2dParams& p) {
   }
 }
 
-// Windows apart from each other, by indices: each writes its rows of dx alone.
-template <class T>
+// Windows that share no cell: each row of windows lays zeros in its rows of dx, and in those until the next, and stores into
+// them.
+template <class T, bool kIndices>
 void backward_nhwc_apart(const IndexPool2dParams& p) {
   const Windows& v = p.windows;
+  const int64_t offsets = v.kernel_h * v.kernel_w, reach_h = (v.kernel_h - 1) * v.dilation_h + 1;
+  const int64_t reach_w = (v.kernel_w - 1) * v.dilation_w + 1;
+  const Scratch<int64_t> steps(kIndices ? 0 : offsets);
+  if constexpr (!kIndices)
+    for (int64_t i = 0; i < offsets; ++i)
+      steps.data[i] = (i / v.kernel_w * v.dilation_h * p.w + i % v.kernel_w * v.dilation_w) * p.c;
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t row = 0; row < p.n * p.p; ++row) {
     const int64_t pp = row % p.p, top = pp * v.stride_h - v.pad_h;
-    const int64_t from = pp == 0 ? 0 : max64(top, 0), to = pp + 1 == p.p ? p.h : max64(top + v.stride_h, 0);
+    const int64_t from = pp == 0 ? 0 : min64(max64(top, 0), p.h);
+    const int64_t to = pp + 1 == p.p ? p.h : min64(max64(top + v.stride_h, 0), p.h);
     T* const image = static_cast<T*>(p.out) + row / p.p * p.h * p.w * p.c;
     std::memset(static_cast<void*>(image + from * p.w * p.c), 0, (to - from) * p.w * p.c * sizeof(T));
     for (int64_t q = 0; q < p.q; ++q) {
       const int64_t left = q * v.stride_w - v.pad_w, at = (row * p.q + q) * p.c;
       const T* const dy = static_cast<const T*>(p.in) + at;
-      const int64_t* const choice = static_cast<const int64_t*>(p.choice) + at;
-      for (int64_t c = 0; c < p.c; ++c) {
-        const int64_t cell = choice[c];
-        if (cell < from * p.w || cell >= to * p.w) continue;
-        const int64_t h = static_cast<uint32_t>(cell) / static_cast<uint32_t>(p.w), w = cell - h * p.w;
-        if (h >= top && h < top + v.kernel_h && w >= left && w < left + v.kernel_w) image[cell * p.c + c] = dy[c];
+      const auto put = [&](int64_t c, int64_t cell) {
+        store_scalar(&image[cell * p.c + c], load_scalar(dy[c]) + 0);  // a sum has no -0
+      };
+      if constexpr (kIndices) {
+        const int64_t* const choice = static_cast<const int64_t*>(p.choice) + at;
+        for (int64_t c = 0; c < p.c; ++c) {
+          const int64_t cell = choice[c];
+          if (cell < from * p.w || cell >= to * p.w) continue;
+          const int64_t h = static_cast<uint32_t>(cell) / static_cast<uint32_t>(p.w), w = cell - h * p.w;
+          if (h < top || h >= top + reach_h || (h - top) % v.dilation_h != 0) continue;
+          if (w >= left && w < left + reach_w && (w - left) % v.dilation_w == 0) put(c, cell);
+        }
+      } else {
+        const uint8_t* const choice = static_cast<const uint8_t*>(p.choice) + at;
+        if (top >= 0 && top + reach_h <= p.h && left >= 0 && left + reach_w <= p.w) {
+          T* const corner = image + (top * p.w + left) * p.c;
+          for (int64_t c = 0; c < p.c; ++c)
+            if (choice[c] < offsets) store_scalar(&corner[steps.data[choice[c]] + c], load_scalar(dy[c]) + 0);
+        } else {
+          for (int64_t c = 0; c < p.c; ++c) {
+            const int64_t h = top + choice[c] / v.kernel_w * v.dilation_h;
+            const int64_t w = left + choice[c] % v.kernel_w * v.dilation_w;
+            if (choice[c] < offsets && h >= 0 && h < p.h && w >= 0 && w < p.w) put(c, h * p.w + w);
+          }
+        }
       }
     }
   }
-}
-// Large ones: nearly all of dx is zero then.
-bool large_and_apart(const IndexPool2dParams& p) {
-  const Windows& v = p.windows;
-  return !p.adaptive && p.mode == Choice::indices && v.stride_h >= v.kernel_h && v.stride_w >= v.kernel_w &&
-         v.dilation_h == 1 && v.dilation_w == 1 && v.kernel_h * v.kernel_w >= 8;
 }
 
 template <class T>
 void backward(const IndexPool2dParams& p) {
   const bool indices = p.mode == Choice::indices;
-  if (p.layout == Layout::nhwc && large_and_apart(p)) {
-    backward_nhwc_apart<T>(p);
+  if (p.layout == Layout::nhwc && apart(p)) {
+    indices ? backward_nhwc_apart<T, true>(p) : backward_nhwc_apart<T, false>(p);
   } else if (p.layout == Layout::nhwc) {
     indices ? backward_nhwc<T, true>(p) : backward_nhwc<T, false>(p);
   } else if (!p.adaptive && side_by_side_2x2(p)) {
     indices ? backward_nchw_2x2<T, true>(p) : backward_nchw_2x2<T, false>(p);
   } else if (indices) {
     backward_nchw_scatter<T, true>(p);
-  } else if (const auto rows = rows_kernel<T>(p.windows)) {
-    rows(p);
+  } else if (apart(p)) {
+    backward_nchw_apart<T>(p);
+  } else if (const auto strips = strips_kernel<T>(p.windows)) {
+    strips(p);
   } else {
     backward_nchw_scatter<T, false>(p);
   }

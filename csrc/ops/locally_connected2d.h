@@ -28,7 +28,7 @@ struct LocallyConnected2dParams {
   Launch* launch = nullptr;
 };
 
-// Images from which on no kernel gathers patches for forward.
+// Images from which on no kernel gathers patches for forward and the weights' gradient.
 constexpr int64_t kLocallyConnectedImages = 8;
 
 static inline int64_t locally_connected2d_row(const LocallyConnected2dParams& p) {
@@ -36,7 +36,7 @@ static inline int64_t locally_connected2d_row(const LocallyConnected2dParams& p)
 }
 static inline int64_t locally_connected2d_workspace_bytes(const LocallyConnected2dParams& p) {
   const int64_t row = locally_connected2d_row(p);
-  const int64_t per_thread = p.dw ? p.n * (row + p.k) : p.y ? min64(p.n, kLocallyConnectedImages) * row : 0;
+  const int64_t per_thread = min64(p.n, kLocallyConnectedImages) * (p.dw ? row + p.k : p.y ? row : 0);
   return static_cast<int64_t>(sizeof(double)) * per_thread * p.threads;
 }
 

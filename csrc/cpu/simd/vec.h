@@ -83,15 +83,23 @@ template <class C>
   return reinterpret_cast<vec<float>>(__builtin_convertvector(bits, u32v) << 16);
 #endif
 }
-// Rounded to nearest even; NaN stays NaN.
+#if CNNOPS_ISA_avx512
+// Rounded to bfloat16, to nearest even, in the high half of each lane, from where one permutation takes the numbers. NaN
+// stays NaN.
+[[gnu::always_inline]] inline __m512i rounded_high(vec<float> v) {
+  const __m512i bits = reinterpret_cast<__m512i>(v);
+  const __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), last);
+  const __mmask16 nan = _mm512_cmp_ps_mask(reinterpret_cast<__m512>(v), reinterpret_cast<__m512>(v), _CMP_UNORD_Q);
+  return _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+}
+#endif
 [[gnu::always_inline]] inline u16v narrow(vec<float> v) {
 #if CNNOPS_ISA_avx512
-  const __m512i bits = reinterpret_cast<__m512i>(v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-  const __mmask16 nan = _mm512_cmp_ps_mask(reinterpret_cast<__m512>(v), reinterpret_cast<__m512>(v), _CMP_UNORD_Q);
-  const __m512i out = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
-  return reinterpret_cast<u16v>(_mm512_cvtepi32_epi16(_mm512_srli_epi32(out, 16)));
+  return reinterpret_cast<u16v>(_mm512_castsi512_si256(
+      _mm512_permutexvar_epi16(_mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 31, 29, 27, 25, 23, 21,
+                                                19, 17, 15, 13, 11, 9, 7, 5, 3, 1),
+                               rounded_high(v))));
 #else
   const u32v bits = reinterpret_cast<u32v>(v);
   const u32v rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -100,6 +108,13 @@ template <class C>
 #endif
 }
 #if CNNOPS_ISA_avx512
+template <class T>
+[[gnu::always_inline]] inline vec<float> widened(__m256i bits) {
+  if constexpr (std::is_same_v<T, bf16>)
+    return widen(reinterpret_cast<u16v>(bits));
+  else
+    return reinterpret_cast<vec<float>>(_mm512_cvtph_ps(bits));
+}
 [[gnu::always_inline]] inline __m256i f16_bits(vec<float> v) {
   return _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
@@ -143,11 +158,7 @@ template <class T>
   } else if constexpr (sizeof(T) == 8) {
     return reinterpret_cast<vec<double>>(_mm512_maskz_loadu_pd((1u << n) - 1, p));
   } else {
-    const __m256i bits = _mm256_maskz_loadu_epi16((1u << n) - 1, p);
-    if constexpr (std::is_same_v<T, f16>)
-      return reinterpret_cast<vec<float>>(_mm512_cvtph_ps(bits));
-    else
-      return widen(reinterpret_cast<u16v>(bits));
+    return widened<T>(_mm256_maskz_loadu_epi16((1u << n) - 1, p));
   }
 #else
   T buffer[kLanes] = {};
@@ -175,6 +186,19 @@ template <class T>
   for (int i = 0; i < n; ++i) p[i] = buffer[i];
 #endif
 }
+
+#if CNNOPS_ISA_avx512
+// The first n of even[0], odd[0], even[1], ...
+[[gnu::always_inline]] inline void store_zipped_n(bf16* p, vec<float> even, vec<float> odd, int n) {
+  const __m512i low = _mm512_srli_epi32(rounded_high(even), 16);
+  const __m512i both = _mm512_mask_blend_epi16(0xaaaaaaaau, low, rounded_high(odd));
+  if (n >= 2 * lanes<float>) {
+    _mm512_storeu_si512(p, both);
+  } else {
+    _mm512_mask_storeu_epi16(p, (1u << n) - 1, both);
+  }
+}
+#endif
 
 // The first n lanes as they are, the others zero.
 template <class C>

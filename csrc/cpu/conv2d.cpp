@@ -7,8 +7,8 @@
 // chunk by chunk keeps the rounding error of long reductions near that of one chunk.
 //   NCHW           tile rows = output channels (packed weights), columns = pixels
 //   channels_last  tile rows = pixels, columns = output channels (packed weights)
-// The weights are packed once per call, or by each task where few share them, or, of 1x1 in NCHW, read where they lie. The
-// last step adds bias and residual and applies the activation.
+// The weights are packed once per call, or by each task where few share them, or, of 1x1 on few pixels, read where they lie.
+// The last step adds bias and residual and applies the activation.
 //
 // weight_grad: tile rows = terms (channel, tap), read from a zero-padded strip of the input by an offset per row, columns =
 // output channels of dy; the reduction runs over pixels. Tasks are blocks of rows times slices of the images; the slices'
@@ -60,7 +60,7 @@ struct Problem {
   // rows lie strip_pitch apart. 0: pixels are packed.
   int64_t filter_columns, strip_pitch;
   const T* zeros;         // chunk_channels of them
-  bool weights_in_place;  // NCHW, one tap: tiles read the weights where they lie
+  bool weights_in_place;  // one tap: tiles read the weights where they lie
   int64_t length() const { return in_channels * lattice.count; }
   int64_t pixels() const { return images * lattice.rows * lattice.columns; }
 };

@@ -2,8 +2,8 @@
 //
 // Tasks are blocks of filters times blocks of channels times slices of the output's rows. A task adds the product of kPixels
 // pixels of both blocks to Z [filter][channel], in register tiles of rows of filters and columns of channels: a panel of
-// channels stays in L1 for all filters. Both are packed as the tiles read them, panels of [pixel][filter] and
-// [pixel][channel]: where they lie, a tile would read a few numbers of each of 128 rows, which may share a set of the cache.
+// channels stays in L1 for all filters. Either is packed as the tiles read it, panels of [pixel][filter] and [pixel][channel],
+// or, in channels_last without strides, read where it lies, unless the 128 pixels of a tile would share few sets of the cache.
 // The slices' Z are added in order.
 //
 // All cuts depend on shapes alone, so results have the same bits for any number of threads.

@@ -496,4 +496,6 @@ void input_grad(const Conv2dParams& p) {
 
 CNNOPS_EXPORT(conv2d_few_planes_forward, Conv2dParams, forward)
 CNNOPS_EXPORT(conv2d_few_planes_input_grad, Conv2dParams, input_grad)
+#if CNNOPS_ISA_avx512
 CNNOPS_EXPORT(conv2d_few_planes_weight_grad, Conv2dParams, weight_grad)
+#endif

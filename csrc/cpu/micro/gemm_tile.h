@@ -112,12 +112,19 @@ void gemm_tile(Rows a, const C* b, int64_t b_step, int64_t len, int64_t runs, co
   vec<C> sum[kRows][kVecs] = {}, aside[kRows][kVecs];
   bool flushed = false;
   int64_t terms = 0;  // of the running sums
+  if (c.old)
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) __builtin_prefetch(c.old + i * c.old_pitch + v * lanes<C>, 1, 3);
   for (int64_t run = 0; run < runs; ++run, a.base += a.run) {
     for (int64_t begin = 0; begin < len;) {
       const int64_t end = begin + flush < len ? begin + flush : len;
       for (int64_t kk = begin; kk < end; ++kk, b += b_step) {
         if constexpr (__is_same(Rows, PanelRows<C>) || __is_same(Rows, FetchingRows<C>))
           __builtin_prefetch(a.ahead + kk * a.ahead_step, 0, 2);
+        if constexpr (__is_same(Rows, PitchedRows<C>))  // the next tile's rows, if they follow each other without a gap
+          __builtin_prefetch(a.base + kTileRows * (a.pitch + kk), 0, 3);
         vec<C> bv[kVecs];
 #pragma GCC unroll 4
         for (int v = 0; v < kVecs; ++v) bv[v] = load(b + v * lanes<C>);

@@ -449,6 +449,7 @@ CONVOLUTIONS = (
     dict(x=(1, 64, 6, 10), k=49, rs=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1),
     dict(x=(25, 16, 8, 9), k=21, rs=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1),
     dict(x=(2, 48, 6, 6), k=50, rs=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1),
+    dict(x=(3, 17, 29, 56), k=21, rs=(2, 3), stride=(2, 3), padding=(0, 0), dilation=(1, 1), groups=1),
     dict(x=(1, 130, 7, 7), k=150, rs=(1, 1), stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1),
 )
 

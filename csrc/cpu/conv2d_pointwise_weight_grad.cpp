@@ -1,4 +1,6 @@
-// Gradient of 1x1 filters without padding: dw[k][c] = sum over pixels of dy[k] * x[c], one product of two matrices.
+// Gradient of 1x1 filters without padding: dw[k][c] = sum over pixels of dy[k] * x[c], one product of two matrices. Windows
+// that do not overlap, of strided 1x1 filters and in channels_last of RxS filters with such strides, are first gathered to an
+// image of R*S*C channels, once: tasks would each gather them again.
 //
 // Tasks are blocks of filters times blocks of channels times slices of the output's rows. A task adds the product of kPixels
 // pixels of both blocks to Z [filter][channel], in register tiles of rows of filters and columns of channels: a panel of
@@ -282,10 +284,54 @@ Conv2dParams joined(Conv2dParams p) {
   return p;
 }
 
+// `count` elements, `step` apart.
+template <class T>
+[[gnu::always_inline]] inline void gather_run(T* to, const T* from, int64_t step, int64_t count) {
+  if constexpr (__is_same(T, compute_t<T>)) {
+    copy_run(to, from, step, count);
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = from[i * step];
+  }
+}
+
+// The windows' pixels, as planes [P][Q] of 1x1 windows (NCHW) or as pixels of R*S*C channels (channels_last).
+template <class T>
+void gather(const Conv2dParams& p, T* to) {
+  const T* const x = static_cast<const T*>(p.x);
+  const bool nchw = p.layout == Layout::nchw;
+  const int64_t image = nchw ? p.c : 1, pixel = nchw ? 1 : p.c, size = p.r * p.s * pixel;
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t line = 0; line < p.n * image * p.p; ++line) {
+    const T* const row = x + (line / p.p * p.h + line % p.p * p.stride_h) * p.w * pixel;
+    T* out = to + line * p.q * size;
+    if (nchw) {
+      gather_run(out, row, p.stride_w, p.q);
+      continue;
+    }
+    for (int64_t q = 0; q < p.q; ++q)
+      for (int64_t r = 0; r < p.r; ++r, out += p.s * p.c)
+        gather_run(out, row + (r * p.w + q * p.stride_w) * p.c, 1, p.s * p.c);
+  }
+}
+
+// The same problem on the gathered image.
+Conv2dParams gathered(Conv2dParams p, void* image) {
+  const int64_t taps = p.r * p.s;
+  p.x = image;
+  p.c *= taps;
+  p.h = p.p, p.w = p.q;
+  p.r = p.s = p.stride_h = p.stride_w = 1;
+  if (taps > 1) p.weight_stride[1] = 1;
+  return p;
+}
+
 template <class T>
 void weight_grad(const Conv2dParams& given) {
   using C = compute_t<T>;
-  const Conv2dParams p = joined(turned<C>(given));
+  const bool gathers = given.h != given.p || given.w != given.q;
+  Scratch<T> image(gathers ? given.n * given.c * given.r * given.s * given.p * given.q : 0);
+  if (gathers) gather(given, image.data);
+  const Conv2dParams p = joined(turned<C>(gathers ? gathered(given, image.data) : given));
   const Plan g = plan_of<T>(p);
   const int64_t blocks = p.groups * g.filter_blocks * g.channel_blocks;
   const int64_t z_size = round_up(g.filters * g.channels, 64);

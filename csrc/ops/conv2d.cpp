@@ -57,6 +57,17 @@ bool is_pointwise(const Conv2dParams& p) {
          (p.q - 1) * p.stride_w < p.w && p.n * p.p * p.q > 0 && p.c > 0 && p.k > 0;
 }
 
+// 1x1, or in channels_last windows side by side, whose taps and channels are neighbours in the image and the weights: 1.0 to
+// 1.25 times as fast as matrix products on strips, if the pixels are not few.
+bool windows_are_pixels(const Conv2dParams& p) {
+  constexpr int64_t kLeastChannels = 16, kLeastPixels = 512;
+  if (is_pointwise(p)) return true;
+  return p.layout == Layout::nhwc && p.groups == 1 && p.c >= kLeastChannels && p.n * p.p * p.q >= kLeastPixels &&
+         p.stride_h == p.r && p.stride_w == p.s && p.dilation_h == 1 && p.dilation_w == 1 && p.pad_h == 0 &&
+         p.pad_w == 0 && p.p * p.r <= p.h && p.q * p.s <= p.w && p.k > 0 && p.weight_stride[1] == 1 &&
+         p.weight_stride[2] == p.s * p.c && p.weight_stride[3] == p.c;
+}
+
 // A few pixels do not pay for packing the weights in pairs: at 16, as in squeeze-and-excitation, the direct kernels are up to
 // 1.5 times as fast.
 bool pairs_pay(const Conv2dParams& p) {

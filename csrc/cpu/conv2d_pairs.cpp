@@ -650,6 +650,10 @@ void compute_block(const Problem<T>& g, const DotPanels& panels, const uint16_t*
           for (int64_t i = 0; i < rows; ++i)
             for (int64_t j = 0; j < filled; j += kLine / static_cast<int64_t>(sizeof(T)))
               __builtin_prefetch(g.out.data + to[at + i] + m + j, 1);
+        if (in_place && chunk.taps == 1 && panel == first_panel && at + kDotRows < pixels)  // the next tile's pixels
+          for (int64_t i = 0; i < min64(kDotRows, pixels - at - kDotRows); ++i)
+            for (int64_t c = 0; c < chunk.channels; c += kLine / 2)
+              __builtin_prefetch(work.pieces[at + kDotRows + i] + c);
         if (in_place)
           dot_tile_of_pieces(static_cast<int>(rows), vecs, work.pieces + at, kBlockPixels,
                              work.zero_tiles + at / kDotRows, kBlockPixels / kDotRows, chunk.taps, columns, width,

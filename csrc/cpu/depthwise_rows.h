@@ -14,6 +14,8 @@
 // vectors of channels where they lie: one permutation serves kTaps products.
 #pragma once
 
+#include <utility>
+
 #include "cpu/conv2d_lattice.h"
 #include "cpu/simd/activation.h"
 #include "cpu/simd/stream.h"
@@ -25,13 +27,15 @@ template <int kValue>
 struct Constant {
   static constexpr int value = kValue;
 };
-// f(Constant<kFrom>{}), ..., f(Constant<kTo - 1>{}), each inlined.
+template <int kFrom, int... kOffsets, class F>
+[[gnu::always_inline]] inline void unrolled_from(std::integer_sequence<int, kOffsets...>, const F& f) {
+  (f(Constant<kFrom + kOffsets>{}), ...);
+}
+// f(Constant<kFrom>{}), ..., f(Constant<kTo - 1>{}), each inlined: side by side, as one within the other each would be copied
+// once for every one before it.
 template <int kFrom, int kTo, class F>
 [[gnu::always_inline]] inline void unrolled(const F& f) {
-  if constexpr (kFrom < kTo) {
-    f(Constant<kFrom>{});
-    unrolled<kFrom + 1, kTo>(f);
-  }
+  unrolled_from<kFrom>(std::make_integer_sequence<int, kTo - kFrom>{}, f);
 }
 #define CNNOPS_INLINE __attribute__((always_inline))
 

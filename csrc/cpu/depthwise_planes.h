@@ -356,7 +356,7 @@ StripKernels<PlaneStrip<T, O>> filter_kernels(int64_t taps, int64_t step, int64_
     kernels.template set<kTiles3>([](auto t) { return &filter_strip<T, O, 3, 1, 1, decltype(t)::value>; });
   if (taps == 3 && step == 2 && stride == 1)
     kernels.template set<kTiles5>([](auto t) { return &filter_strip<T, O, 3, 2, 1, decltype(t)::value>; });
-  if (taps == 5 && stride == 1)
+  if (taps == 5 && step == 1 && stride == 1)
     kernels.template set<kTiles5>([](auto t) { return &filter_strip<T, O, 5, 1, 1, decltype(t)::value>; });
   if (taps == 3 && stride == 2)
     kernels.template set<kTiles3Stride2>([](auto t) { return &filter_strip<T, O, 3, 1, 2, decltype(t)::value>; });
@@ -392,7 +392,7 @@ GradKernels<T> grad_kernels(int64_t taps, int64_t step, int64_t stride) {
   GradKernels<T> kernels;
   if (taps == 3 && step == 1 && stride == 1) kernels.template set<3, 1, 1, 3, kGradTiles3>();
   if (taps == 3 && step == 2 && stride == 1) kernels.template set<3, 2, 1, 3, kGradTiles3>();
-  if (taps == 5 && stride == 1) kernels.template set<5, 1, 1, kGradRows5, 1>();
+  if (taps == 5 && step == 1 && stride == 1) kernels.template set<5, 1, 1, kGradRows5, 1>();
   if (taps == 3 && stride == 2) kernels.template set<3, 1, 2, 3, 1>();
   if (taps == 5 && stride == 2) kernels.template set<5, 1, 2, kGradRows5, 1>();
   return kernels;

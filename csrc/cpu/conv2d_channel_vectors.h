@@ -180,7 +180,7 @@ struct Plan {
       while (width < l.count && sorted[width].dh == sorted[0].dh) ++width;
       const bool adjacent = !part && width > 1 && sorted[1].dw == sorted[0].dw + 1;
       phase->lattice = l;
-      phase->taps = adjacent ? side_by_side(width, l.isw) : 1;
+      phase->taps = adjacent ? side_by_side<C>(width, l.isw) : 1;
       choose_kernels(*phase);
       phase->runs = run;
       phase->packed = count;
@@ -206,8 +206,10 @@ struct Plan {
   void choose_kernels(Phase<X>& phase) const {
     if constexpr (kGroups) {
       if (part) return phase.kernels.template choose<Load::picked_part>(phase.taps, phase.lattice.isw);
-      if (picks.two) return phase.kernels.template choose<Load::picked_two>(phase.taps, phase.lattice.isw);
-      return phase.kernels.template choose<Load::picked>(phase.taps, phase.lattice.isw);
+      if constexpr (!kFewKernels<C>) {
+        if (!picks.two) return phase.kernels.template choose<Load::picked>(phase.taps, phase.lattice.isw);
+      }
+      return phase.kernels.template choose<Load::picked_two>(phase.taps, phase.lattice.isw);
     } else {
       if (part) return phase.kernels.template choose<Load::part>(1, 1);
       return phase.kernels.template choose<Load::whole>(phase.taps, phase.lattice.isw);
@@ -223,21 +225,26 @@ struct Plan {
 };
 
 // For every vector of channels its biases, and its filters as [term][lane] in the plan's order.
-template <class T, class X, bool kGroups>
-struct Packed {
-  using C = compute_t<T>;
+template <class C>
+struct Filters {
   int64_t size;  // of a vector's
   Scratch<C> all;
+
+  Filters(int64_t terms, int64_t vectors) : size((1 + terms) * lanes<C>), all(vectors * size) {}
+  const C* vector(int64_t v) const { return all.data + v * size; }
+};
+template <class T, class X, bool kGroups>
+struct Packed : Filters<compute_t<T>> {
+  using C = compute_t<T>;
+  using Filters<C>::size, Filters<C>::all;
   ScratchPieces buffers;
 
   Packed(const Conv2dParams& p, const Plan<X, kGroups>& plan)
-      : size((1 + plan.count) * lanes<C>),
-        all(plan.vectors.count * size),
+      : Filters<C>(plan.count, plan.vectors.count),
         buffers(p.threads, p.r * p.s * plan.inputs.per_filter * kVectorBytes) {}
-  const C* vector(int64_t v) const { return all.data + v * size; }
 
   // By all threads of a parallel region.
-  void fill(const Conv2dParams& p, const Plan<X, kGroups>& plan, bool transposed) {
+  [[gnu::noinline]] void fill(const Conv2dParams& p, const Plan<X, kGroups>& plan, bool transposed) {
     const T *const weight = static_cast<const T*>(p.weight), *const bias = static_cast<const T*>(p.bias);
     const int64_t taps = p.r * p.s, part = plan.vectors.part, terms = taps * plan.inputs.per_filter;
     const int64_t* const stride = p.weight_stride;
@@ -277,9 +284,10 @@ struct Packed {
 
 // Output row y for the vectors of channels [v0, v1). `in`: where input row 0 lies or would lie; `out`, `residual`: the output
 // row; both at the first channel of v0. Fetches what comes next meanwhile.
-template <class X, bool kGroups, class P>
-void filter_row(const Plan<X, kGroups>& plan, int64_t y, int64_t v0, int64_t v1, const X* in, const P& packed, X* out,
-                const X* residual, FilterBlock<X> b, const Ahead& input, const Ahead& output) {
+template <class X, bool kGroups>
+[[gnu::noinline]] void filter_row(const Plan<X, kGroups>& plan, int64_t y, int64_t v0, int64_t v1, const X* in,
+                                  const Filters<compute_t<X>>& filters, X* out, const X* residual, FilterBlock<X> b,
+                                  const Ahead& input, const Ahead& output) {
   using C = compute_t<X>;
   const int64_t i = y / plan.osh, top = i * plan.ish, out_pixel = b.out_pixel / plan.osw;
   const Phase<X>* phase = plan.phases.data + y % plan.osh * plan.phases_w;
@@ -291,7 +299,7 @@ void filter_row(const Plan<X, kGroups>& plan, int64_t y, int64_t v0, int64_t v1,
     b.runs = first;
     b.count = last - first;
     b.column = phase->taps > 1 ? b.pixel : b.pixel * l.isw;
-    const int64_t filters = (1 + phase->packed + (first - phase->runs) * phase->taps) * lanes<C>;
+    const int64_t packed = (1 + phase->packed + (first - phase->runs) * phase->taps) * lanes<C>;
     const int64_t width =
         kGroups ? min64(l.columns, kMostPixels) : ceil_div(l.columns, ceil_div(l.columns, kMostPixels));
     const int64_t origin_step = phase->taps > 1 ? l.isw : 1;
@@ -307,8 +315,8 @@ void filter_row(const Plan<X, kGroups>& plan, int64_t y, int64_t v0, int64_t v1,
       const int64_t c0 = plan.vectors.start(v) - plan.vectors.start(v0);
       const X* const from = under + plan.first_channel(v) - plan.first_channel(v0);
       b.picks = plan.picks.vector(v);
-      b.bias = packed.vector(v);
-      b.filters = b.bias + filters;
+      b.bias = filters.vector(v);
+      b.filters = b.bias + packed;
       for (int64_t j = 0; j < l.columns; j += width) {
         const int64_t to = (l.ow0 + j * l.osw) * out_pixel + c0;
         b.in = from + j * l.isw * b.pixel;
@@ -574,10 +582,10 @@ struct GradPlan {
 
   // Whether channels_last images are read where they lie.
   static bool reads_in_place(const Conv2dParams& p, bool converts) {
-    if (p.layout != Layout::nhwc || !kGroups) return p.layout == Layout::nhwc;
+    if (p.layout != Layout::nhwc || converts) return false;
     const int64_t all = lanes<C>;
-    return !converts && p.c >= all && p.k >= all && Inputs(p.c, p.k, p.groups).lanes_of(all) == all &&
-           p.c * static_cast<int64_t>(sizeof(C)) < kFarPixels;
+    return !kGroups || (p.c >= all && p.k >= all && Inputs(p.c, p.k, p.groups).lanes_of(all) == all &&
+                        p.c * static_cast<int64_t>(sizeof(C)) < kFarPixels);
   }
   GradPlan(const Conv2dParams& p, bool converts)
       : inputs(p.c, p.k, p.groups),
@@ -591,11 +599,13 @@ struct GradPlan {
         rows{},
         slices{} {
     const bool part = in_place && vectors.part < lanes<C>;
-    taps = p.dilation_w == 1 && !part ? side_by_side(p.s, p.stride_w) : 1;
-    together = taps == 3 && p.s == 3 && p.r == 3 ? 3 : 1;
+    taps = p.dilation_w == 1 && !part ? side_by_side<C>(p.s, p.stride_w) : 1;
+    together = !kFewKernels<C> && taps == 3 && p.s == 3 && p.r == 3 ? 3 : 1;
     if constexpr (kGroups) {
-      kernel = picks.two ? correlate_kernel<X, Load::picked_two>(taps, p.stride_w, together)
-                         : correlate_kernel<X, Load::picked>(taps, p.stride_w, together);
+      kernel = correlate_kernel<X, Load::picked_two>(taps, p.stride_w, together);
+      if constexpr (!kFewKernels<C>) {
+        if (!picks.two) kernel = correlate_kernel<X, Load::picked>(taps, p.stride_w, together);
+      }
     } else {
       kernel = part ? correlate_kernel<X, Load::part>(taps, p.stride_w, together)
                     : correlate_kernel<X, Load::whole>(taps, p.stride_w, together);
@@ -751,11 +761,16 @@ void correlate_images(const Conv2dParams& p) {
 
 // ---- Passes ----------------------------------------------------------------------------------------------------------
 
-// kGroups: any groups. Without, for depthwise convolution. What wider groups read many times is converted once.
+// Whether channels_last images may be read where they lie. What wider groups read many times is converted once, and the
+// portable level has no kernels for the other types.
+template <class T, bool kGroups>
+constexpr bool kReadsInPlace = __is_same(T, compute_t<T>) || !(kGroups || kFewKernels<compute_t<T>>);
+
+// kGroups: any groups. Without, for depthwise convolution.
 template <class T, bool kGroups>
 void filter(const Conv2dParams& p, bool transposed) {
   if (p.n * p.c * p.k == 0) return;
-  if constexpr (!kGroups || __is_same(T, compute_t<T>)) {
+  if constexpr (kReadsInPlace<T, kGroups>) {
     if (p.layout == Layout::nhwc) return filter_nhwc<T, kGroups>(p, transposed);
   }
   filter_held<T, kGroups>(p, transposed);
@@ -763,7 +778,7 @@ void filter(const Conv2dParams& p, bool transposed) {
 
 template <class T, bool kGroups>
 void correlate_all(const Conv2dParams& p) {
-  if constexpr (!kGroups) {
+  if constexpr (kReadsInPlace<T, kGroups>) {
     if (p.layout == Layout::nhwc) return correlate_images<T, T, kGroups>(p);
   }
   correlate_images<T, compute_t<T>, kGroups>(p);

@@ -225,26 +225,21 @@ struct Plan {
 };
 
 // For every vector of channels its biases, and its filters as [term][lane] in the plan's order.
-template <class C>
-struct Filters {
+template <class T, class X, bool kGroups>
+struct Packed {
+  using C = compute_t<T>;
   int64_t size;  // of a vector's
   Scratch<C> all;
-
-  Filters(int64_t terms, int64_t vectors) : size((1 + terms) * lanes<C>), all(vectors * size) {}
-  const C* vector(int64_t v) const { return all.data + v * size; }
-};
-template <class T, class X, bool kGroups>
-struct Packed : Filters<compute_t<T>> {
-  using C = compute_t<T>;
-  using Filters<C>::size, Filters<C>::all;
   ScratchPieces buffers;
 
   Packed(const Conv2dParams& p, const Plan<X, kGroups>& plan)
-      : Filters<C>(plan.count, plan.vectors.count),
+      : size((1 + plan.count) * lanes<C>),
+        all(plan.vectors.count * size),
         buffers(p.threads, p.r * p.s * plan.inputs.per_filter * kVectorBytes) {}
+  const C* vector(int64_t v) const { return all.data + v * size; }
 
   // By all threads of a parallel region.
-  [[gnu::noinline]] void fill(const Conv2dParams& p, const Plan<X, kGroups>& plan, bool transposed) {
+  void fill(const Conv2dParams& p, const Plan<X, kGroups>& plan, bool transposed) {
     const T *const weight = static_cast<const T*>(p.weight), *const bias = static_cast<const T*>(p.bias);
     const int64_t taps = p.r * p.s, part = plan.vectors.part, terms = taps * plan.inputs.per_filter;
     const int64_t* const stride = p.weight_stride;
@@ -284,10 +279,9 @@ struct Packed : Filters<compute_t<T>> {
 
 // Output row y for the vectors of channels [v0, v1). `in`: where input row 0 lies or would lie; `out`, `residual`: the output
 // row; both at the first channel of v0. Fetches what comes next meanwhile.
-template <class X, bool kGroups>
-[[gnu::noinline]] void filter_row(const Plan<X, kGroups>& plan, int64_t y, int64_t v0, int64_t v1, const X* in,
-                                  const Filters<compute_t<X>>& filters, X* out, const X* residual, FilterBlock<X> b,
-                                  const Ahead& input, const Ahead& output) {
+template <class X, bool kGroups, class P>
+void filter_row(const Plan<X, kGroups>& plan, int64_t y, int64_t v0, int64_t v1, const X* in, const P& packed, X* out,
+                const X* residual, FilterBlock<X> b, const Ahead& input, const Ahead& output) {
   using C = compute_t<X>;
   const int64_t i = y / plan.osh, top = i * plan.ish, out_pixel = b.out_pixel / plan.osw;
   const Phase<X>* phase = plan.phases.data + y % plan.osh * plan.phases_w;
@@ -299,7 +293,7 @@ template <class X, bool kGroups>
     b.runs = first;
     b.count = last - first;
     b.column = phase->taps > 1 ? b.pixel : b.pixel * l.isw;
-    const int64_t packed = (1 + phase->packed + (first - phase->runs) * phase->taps) * lanes<C>;
+    const int64_t filters = (1 + phase->packed + (first - phase->runs) * phase->taps) * lanes<C>;
     const int64_t width =
         kGroups ? min64(l.columns, kMostPixels) : ceil_div(l.columns, ceil_div(l.columns, kMostPixels));
     const int64_t origin_step = phase->taps > 1 ? l.isw : 1;
@@ -315,8 +309,8 @@ template <class X, bool kGroups>
       const int64_t c0 = plan.vectors.start(v) - plan.vectors.start(v0);
       const X* const from = under + plan.first_channel(v) - plan.first_channel(v0);
       b.picks = plan.picks.vector(v);
-      b.bias = filters.vector(v);
-      b.filters = b.bias + packed;
+      b.bias = packed.vector(v);
+      b.filters = b.bias + filters;
       for (int64_t j = 0; j < l.columns; j += width) {
         const int64_t to = (l.ow0 + j * l.osw) * out_pixel + c0;
         b.in = from + j * l.isw * b.pixel;

@@ -98,27 +98,28 @@ struct Row {
 
 // ---- Sums over taps --------------------------------------------------------------------------------------------------
 
-template <class T>
+// O: of the output, the compute type where more is done to it.
+template <class T, class O>
 struct PlaneStrip {
   using C = compute_t<T>;
   Pixels<T> in;
   int64_t pad;          // rows
   const C* weights;     // [tap][lane]
   const C* bias;        // [lane]
-  T* out;               // as in.first
-  C* made;              // in the place of `out`, where more is done to the sums; null: nothing is
+  O* out;               // as in.first
   int64_t first, last;  // output rows
   int64_t out_row, out_left;
   bool stream;
 };
 
 // Of kCount vectors all but the last kEdge have all their lanes in the image.
-template <class T, int kCount, int kEdge>
-[[gnu::always_inline]] inline void store_row(const PlaneStrip<T>& b, const Edges<T, kCount / kEdge, kEdge>& edges,
+template <class T, class O, int kCount, int kEdge>
+[[gnu::always_inline]] inline void store_row(const PlaneStrip<T, O>& b, const Edges<O, kCount / kEdge, kEdge>& edges,
                                              int64_t y, const vec<compute_t<T>> (&sum)[kCount]) {
   using C = compute_t<T>;
   constexpr int kLanes = lanes<C>;
-  const auto each = [&](auto* out, const auto& write) CNNOPS_INLINE {
+  O* const out = b.out + y * b.out_row;
+  const auto each = [&](const auto& write) CNNOPS_INLINE {
     unrolled<0, kCount>([&](auto i) CNNOPS_INLINE {
       constexpr int kAt = decltype(i)::value;
       if constexpr (kAt < kCount - kEdge)
@@ -127,14 +128,10 @@ template <class T, int kCount, int kEdge>
         write(out + kAt * kLanes, sum[kAt], edges.last[kAt - (kCount - kEdge)]);
     });
   };
-  const auto put = [](auto* to, vec<C> v, int n) CNNOPS_INLINE { store_n(to, v, n); };
-  const int64_t at = y * b.out_row;
   if (b.stream)
-    each(b.out + at, [](T* to, vec<C> v, int n) CNNOPS_INLINE { store_streaming_halves(to, v, n); });
-  else if (b.made)
-    each(b.made + at, put);
+    each([](O* to, vec<C> v, int n) CNNOPS_INLINE { store_streaming_halves(to, v, n); });
   else
-    each(b.out + at, put);
+    each([](O* to, vec<C> v, int n) CNNOPS_INLINE { store_n(to, v, n); });
 }
 
 // The weights in registers, if they fit.
@@ -157,15 +154,15 @@ struct Weights {
 };
 
 // out[y, j] += sum over taps of in[kStride*y - pad + r, kStride*j + kStep*(s - kTaps / 2)] * w[r, s]
-template <class T, int kTaps, int kStep, int kStride, int kTiles>
-void filter_strip(const PlaneStrip<T>& strip) {
+template <class T, class O, int kTaps, int kStep, int kStride, int kTiles>
+void filter_strip(const PlaneStrip<T, O>& strip) {
   using C = compute_t<T>;
   constexpr int kLive = (kTaps + kStride - 1) / kStride;  // output rows that an input row may belong to
   // A sum waits four cycles for the one before it: a few have several parts each.
   constexpr int kParts = kTaps == 3 && kTiles * kLive <= 4 ? 3 : 1;
-  const PlaneStrip<T> b = strip;
+  const PlaneStrip<T, O> b = strip;
   const Edges<T, kTiles, kStride> edges(b.in.left);
-  const Edges<T, kTiles, 1> out_edges(b.out_left);
+  const Edges<O, kTiles, 1> out_edges(b.out_left);
   const Weights<C, kTaps * kTaps> weights(b.weights);
   const vec<C> bias = load(b.bias);
   vec<C> sum[kLive][kParts][kTiles];  // of output rows k, k - 1, ...
@@ -206,7 +203,7 @@ void filter_strip(const PlaneStrip<T>& strip) {
         row[t.value] = sum[kLive - 1][0][t.value];
         unrolled<1, kParts>([&](auto i) CNNOPS_INLINE { row[t.value] += sum[kLive - 1][i.value][t.value]; });
       });
-      store_row<T, kTiles, 1>(b, out_edges, y, row);
+      store_row<T, O, kTiles, 1>(b, out_edges, y, row);
     }
     unrolled<1, kLive>([&](auto m) CNNOPS_INLINE {
       constexpr int kTo = kLive - decltype(m)::value;
@@ -220,12 +217,12 @@ void filter_strip(const PlaneStrip<T>& strip) {
 }
 
 // out[2*k - pad + r, 2*j + s - kTaps / 2] += in[k, j] * w[r, s]
-template <class T, int kTaps, int kTiles>
-void spread_strip(const PlaneStrip<T>& strip) {
+template <class T, class O, int kTaps, int kTiles>
+void spread_strip(const PlaneStrip<T, O>& strip) {
   using C = compute_t<T>;
-  const PlaneStrip<T> b = strip;
+  const PlaneStrip<T, O> b = strip;
   const Edges<T, kTiles, 1> edges(b.in.left);
-  const Edges<T, kTiles, 2> out_edges(b.out_left);
+  const Edges<O, kTiles, 2> out_edges(b.out_left);
   const Weights<C, kTaps * kTaps> weights(b.weights);
   const vec<C> bias = load(b.bias);
   vec<C> sum[kTaps][2][kTiles];  // of output rows 2*k - pad and on; even and odd columns
@@ -256,7 +253,7 @@ void spread_strip(const PlaneStrip<T>& strip) {
         row[2 * t.value] = zip_low(sum[r.value][0][t.value], sum[r.value][1][t.value]);
         row[2 * t.value + 1] = zip_high(sum[r.value][0][t.value], sum[r.value][1][t.value]);
       });
-      store_row<T, 2 * kTiles, 2>(b, out_edges, y, row);
+      store_row<T, O, 2 * kTiles, 2>(b, out_edges, y, row);
     });
     unrolled<2, kTaps>([&](auto r) CNNOPS_INLINE {
       unrolled<0, 2 * kTiles>([&](auto i) CNNOPS_INLINE {
@@ -348,25 +345,26 @@ struct StripKernels {
 
 constexpr int kTiles3 = 4, kTiles3Stride2 = 2, kTiles5 = 2, kGradTiles3 = 2, kGradRows5 = 3;
 
-template <class T>
-StripKernels<PlaneStrip<T>> filter_kernels(int64_t taps, int64_t step, int64_t stride) {
-  StripKernels<PlaneStrip<T>> kernels;
+template <class T, class O>
+StripKernels<PlaneStrip<T, O>> filter_kernels(int64_t taps, int64_t step, int64_t stride) {
+  StripKernels<PlaneStrip<T, O>> kernels;
   if (taps == 3 && step == 1 && stride == 1)
-    kernels.template set<kTiles3>([](auto t) { return &filter_strip<T, 3, 1, 1, decltype(t)::value>; });
+    kernels.template set<kTiles3>([](auto t) { return &filter_strip<T, O, 3, 1, 1, decltype(t)::value>; });
   if (taps == 3 && step == 2 && stride == 1)
-    kernels.template set<kTiles5>([](auto t) { return &filter_strip<T, 3, 2, 1, decltype(t)::value>; });
+    kernels.template set<kTiles5>([](auto t) { return &filter_strip<T, O, 3, 2, 1, decltype(t)::value>; });
   if (taps == 5 && step == 1 && stride == 1)
-    kernels.template set<kTiles5>([](auto t) { return &filter_strip<T, 5, 1, 1, decltype(t)::value>; });
+    kernels.template set<kTiles5>([](auto t) { return &filter_strip<T, O, 5, 1, 1, decltype(t)::value>; });
   if (taps == 3 && stride == 2)
-    kernels.template set<kTiles3Stride2>([](auto t) { return &filter_strip<T, 3, 1, 2, decltype(t)::value>; });
+    kernels.template set<kTiles3Stride2>([](auto t) { return &filter_strip<T, O, 3, 1, 2, decltype(t)::value>; });
   if (taps == 5 && stride == 2)
-    kernels.template set<kTiles3Stride2>([](auto t) { return &filter_strip<T, 5, 1, 2, decltype(t)::value>; });
+    kernels.template set<kTiles3Stride2>([](auto t) { return &filter_strip<T, O, 5, 1, 2, decltype(t)::value>; });
   return kernels;
 }
-template <class T>
-StripKernels<PlaneStrip<T>> spread_kernels(int64_t taps) {
-  StripKernels<PlaneStrip<T>> kernels;
-  if (taps == 3) kernels.template set<kTiles3Stride2>([](auto t) { return &spread_strip<T, 3, decltype(t)::value>; });
+template <class T, class O>
+StripKernels<PlaneStrip<T, O>> spread_kernels(int64_t taps) {
+  StripKernels<PlaneStrip<T, O>> kernels;
+  if (taps == 3)
+    kernels.template set<kTiles3Stride2>([](auto t) { return &spread_strip<T, O, 3, decltype(t)::value>; });
   return kernels;
 }
 // Two sets: for `rows` rows of a filter, and for what is left of it.
@@ -409,14 +407,14 @@ struct Comb {
 
 constexpr int64_t kFinishBytes = 64 << 10;  // of output rows, kept until more is done to them
 
-template <class T>
+template <class T, class O>
 void filter_planes(const Conv2dParams& p, bool transposed) {
   using C = compute_t<T>;
   constexpr int64_t kLanes = lanes<C>;
   const int threads = threads_of(p);
   const int64_t taps = p.r, step = p.dilation_w, stride = p.stride_w;
   const bool spread = transposed && stride == 2;
-  const auto kernels = spread ? spread_kernels<T>(taps) : filter_kernels<T>(taps, step, stride);
+  const auto kernels = spread ? spread_kernels<T, O>(taps) : filter_kernels<T, O>(taps, step, stride);
   const bool flip = transposed && !spread;
   const Planes<T> images(p, transposed);
   const int64_t planes = p.n * p.c;
@@ -454,7 +452,7 @@ void filter_planes(const Conv2dParams& p, bool transposed) {
         store(biases, images.bias ? set1(load_scalar(images.bias[c])) : vec<C>{});
         ready = plane;
       }
-      PlaneStrip<T> b{};
+      PlaneStrip<T, O> b{};
       b.weights = weights, b.bias = biases;
       b.stream = stream;
       b.in.step = images.in_w * step, b.out_row = images.out_w * step;
@@ -470,8 +468,10 @@ void filter_planes(const Conv2dParams& p, bool transposed) {
           b.in.inner = tile > 0;
           b.in.width = tile == 0 ? images.in_w : 0;
           const int64_t to = comb * images.out_w + tile * out_tile;
-          b.out = images.out + plane * images.out_size + to;
-          if (finish) b.made = made + to - rows.begin(part) * images.out_w;
+          if constexpr (__is_same(O, T)) b.out = images.out + plane * images.out_size + to;
+          if constexpr (__is_same(O, C)) {
+            if (finish) b.out = made + to - rows.begin(part) * images.out_w;
+          }
           b.out_left = images.out_w - tile * out_tile;
           kernels.of[now - 1](b);
         }
@@ -487,11 +487,13 @@ void filter_planes(const Conv2dParams& p, bool transposed) {
 
 template <class T>
 void forward(const Conv2dParams& p) {
-  filter_planes<T>(p, false);
+  if (p.residual || p.activation != Activation::none) return filter_planes<T, compute_t<T>>(p, false);
+  filter_planes<T, T>(p, false);
 }
 template <class T>
 void input_grad(const Conv2dParams& p) {
-  filter_planes<T>(p, true);
+  if (p.residual || p.activation != Activation::none) return filter_planes<T, compute_t<T>>(p, true);
+  filter_planes<T, T>(p, true);
 }
 
 template <class T>

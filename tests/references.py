@@ -405,6 +405,7 @@ CONVOLUTIONS = (
     dict(x=(1, 33, 12, 13), k=33, rs=(3, 3), stride=(1, 1), padding=(4, 4), dilation=(4, 4), groups=33),
     dict(x=(2, 5, 11, 75), k=5, rs=(3, 3), stride=(1, 1), padding=(3, 2), dilation=(2, 2), groups=5),
     dict(x=(3, 3, 19, 50), k=3, rs=(5, 5), stride=(1, 1), padding=(0, 2), dilation=(1, 1), groups=3),
+    dict(x=(1, 4, 18, 37), k=4, rs=(5, 5), stride=(1, 1), padding=(4, 4), dilation=(2, 2), groups=4),
     dict(x=(1, 4, 20, 45), k=4, rs=(7, 7), stride=(1, 1), padding=(5, 3), dilation=(1, 1), groups=4),
     dict(x=(2, 3, 13, 150), k=3, rs=(3, 3), stride=(2, 2), padding=(0, 1), dilation=(1, 1), groups=3),
     dict(x=(1, 3, 14, 131), k=3, rs=(5, 5), stride=(2, 2), padding=(4, 2), dilation=(1, 1), groups=3),

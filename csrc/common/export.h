@@ -9,10 +9,15 @@
 #error "CNNOPS_ISA names the namespace; cmake/cnnops.cmake defines it"
 #endif
 
-#define CNNOPS_EXPORT(name, Params, kernel)                        \
+#define CNNOPS_EXPORT(name, Params, kernel)               \
+  CNNOPS_EXPORT_FLOAT(name, Params, kernel)               \
+  namespace cnnops::CNNOPS_ISA {                          \
+  void name##_f64(const Params& p) { kernel<double>(p); } \
+  }
+// For kernels that compute in float32.
+#define CNNOPS_EXPORT_FLOAT(name, Params, kernel)                  \
   namespace cnnops::CNNOPS_ISA {                                   \
   void name##_f32(const Params& p) { kernel<float>(p); }           \
-  void name##_f64(const Params& p) { kernel<double>(p); }          \
   void name##_bf16(const Params& p) { kernel<::cnnops::bf16>(p); } \
   void name##_f16(const Params& p) { kernel<::cnnops::f16>(p); }   \
   }

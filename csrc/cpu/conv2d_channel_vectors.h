@@ -180,7 +180,7 @@ struct Plan {
       while (width < l.count && sorted[width].dh == sorted[0].dh) ++width;
       const bool adjacent = !part && width > 1 && sorted[1].dw == sorted[0].dw + 1;
       phase->lattice = l;
-      phase->taps = adjacent ? side_by_side(width, l.isw) : 1;
+      phase->taps = adjacent ? side_by_side<C>(width, l.isw) : 1;
       choose_kernels(*phase);
       phase->runs = run;
       phase->packed = count;
@@ -206,8 +206,10 @@ struct Plan {
   void choose_kernels(Phase<X>& phase) const {
     if constexpr (kGroups) {
       if (part) return phase.kernels.template choose<Load::picked_part>(phase.taps, phase.lattice.isw);
-      if (picks.two) return phase.kernels.template choose<Load::picked_two>(phase.taps, phase.lattice.isw);
-      return phase.kernels.template choose<Load::picked>(phase.taps, phase.lattice.isw);
+      if constexpr (!kFewKernels<C>) {
+        if (!picks.two) return phase.kernels.template choose<Load::picked>(phase.taps, phase.lattice.isw);
+      }
+      return phase.kernels.template choose<Load::picked_two>(phase.taps, phase.lattice.isw);
     } else {
       if (part) return phase.kernels.template choose<Load::part>(1, 1);
       return phase.kernels.template choose<Load::whole>(phase.taps, phase.lattice.isw);
@@ -574,10 +576,10 @@ struct GradPlan {
 
   // Whether channels_last images are read where they lie.
   static bool reads_in_place(const Conv2dParams& p, bool converts) {
-    if (p.layout != Layout::nhwc || !kGroups) return p.layout == Layout::nhwc;
+    if (p.layout != Layout::nhwc || converts) return false;
     const int64_t all = lanes<C>;
-    return !converts && p.c >= all && p.k >= all && Inputs(p.c, p.k, p.groups).lanes_of(all) == all &&
-           p.c * static_cast<int64_t>(sizeof(C)) < kFarPixels;
+    return !kGroups || (p.c >= all && p.k >= all && Inputs(p.c, p.k, p.groups).lanes_of(all) == all &&
+                        p.c * static_cast<int64_t>(sizeof(C)) < kFarPixels);
   }
   GradPlan(const Conv2dParams& p, bool converts)
       : inputs(p.c, p.k, p.groups),
@@ -591,11 +593,13 @@ struct GradPlan {
         rows{},
         slices{} {
     const bool part = in_place && vectors.part < lanes<C>;
-    taps = p.dilation_w == 1 && !part ? side_by_side(p.s, p.stride_w) : 1;
-    together = taps == 3 && p.s == 3 && p.r == 3 ? 3 : 1;
+    taps = p.dilation_w == 1 && !part ? side_by_side<C>(p.s, p.stride_w) : 1;
+    together = !kFewKernels<C> && taps == 3 && p.s == 3 && p.r == 3 ? 3 : 1;
     if constexpr (kGroups) {
-      kernel = picks.two ? correlate_kernel<X, Load::picked_two>(taps, p.stride_w, together)
-                         : correlate_kernel<X, Load::picked>(taps, p.stride_w, together);
+      kernel = correlate_kernel<X, Load::picked_two>(taps, p.stride_w, together);
+      if constexpr (!kFewKernels<C>) {
+        if (!picks.two) kernel = correlate_kernel<X, Load::picked>(taps, p.stride_w, together);
+      }
     } else {
       kernel = part ? correlate_kernel<X, Load::part>(taps, p.stride_w, together)
                     : correlate_kernel<X, Load::whole>(taps, p.stride_w, together);
@@ -751,11 +755,16 @@ void correlate_images(const Conv2dParams& p) {
 
 // ---- Passes ----------------------------------------------------------------------------------------------------------
 
-// kGroups: any groups. Without, for depthwise convolution. What wider groups read many times is converted once.
+// Whether channels_last images may be read where they lie. What wider groups read many times is converted once, and the
+// portable level has no kernels for the other types.
+template <class T, bool kGroups>
+constexpr bool kReadsInPlace = __is_same(T, compute_t<T>) || !(kGroups || kFewKernels<compute_t<T>>);
+
+// kGroups: any groups. Without, for depthwise convolution.
 template <class T, bool kGroups>
 void filter(const Conv2dParams& p, bool transposed) {
   if (p.n * p.c * p.k == 0) return;
-  if constexpr (!kGroups || __is_same(T, compute_t<T>)) {
+  if constexpr (kReadsInPlace<T, kGroups>) {
     if (p.layout == Layout::nhwc) return filter_nhwc<T, kGroups>(p, transposed);
   }
   filter_held<T, kGroups>(p, transposed);
@@ -763,7 +772,7 @@ void filter(const Conv2dParams& p, bool transposed) {
 
 template <class T, bool kGroups>
 void correlate_all(const Conv2dParams& p) {
-  if constexpr (!kGroups) {
+  if constexpr (kReadsInPlace<T, kGroups>) {
     if (p.layout == Layout::nhwc) return correlate_images<T, T, kGroups>(p);
   }
   correlate_images<T, compute_t<T>, kGroups>(p);

@@ -13,6 +13,7 @@
 #include "cpu/conv2d_blocks.h"
 #include "cpu/micro/gemm_tile.h"
 #include "cpu/micro/panels.h"
+#include "cpu/simd/sums.h"
 
 namespace cnnops::CNNOPS_ISA {
 namespace {
@@ -255,17 +256,6 @@ template <class C>
 constexpr int kTileTerms = lanes<C> < 4 ? lanes<C> : 4;
 template <class C>
 constexpr int kTileFilters = lanes<C> / kTileTerms<C>;
-
-// Lane i of the result is the sum of v[i]'s lanes.
-template <int kCount, class V>
-[[gnu::always_inline]] inline V sum_each(const V* v) {
-  if constexpr (kCount == 1) {
-    return v[0];
-  } else {
-    const V a = sum_each<kCount / 2>(v), b = sum_each<kCount / 2>(v + kCount / 2);
-    return evens(a, b) + odds(a, b);
-  }
-}
 
 // The sums of filters dy[0], ... with terms x[0], ..., over `rows` rows.
 template <class T>

@@ -365,18 +365,12 @@ void filter_all(const Conv2dParams& p, bool transposed) {
                  return &filter_narrow<decltype(taps)::value, decltype(stride)::value, Rows(decltype(rows)::value)>;
                });
   const int threads = threads_of(p);
-  const T* const in = static_cast<const T*>(transposed ? p.y : p.x);
-  T* const out = static_cast<T*>(transposed ? p.x : p.y);
-  const T *const weight = static_cast<const T*>(p.weight), *const bias = static_cast<const T*>(p.bias);
-  const T* const residual = static_cast<const T*>(p.residual);
-  const int64_t in_h = transposed ? p.p : p.h, in_w = transposed ? p.q : p.w;
-  const int64_t out_h = transposed ? p.h : p.p, out_w = transposed ? p.w : p.q;
-  const int64_t in_plane = in_h * in_w, out_plane = out_h * out_w;
-  const bool direct = __is_same(T, float) && !residual && p.activation == Activation::none;
+  const Planes<T> images(p, transposed);
+  const bool direct = __is_same(T, float) && !images.residual && p.activation == Activation::none;
   const TapOffsets offsets(p);
-  const Halves halves(out_w);
+  const Halves halves(images.out_w);
   const bool contiguous = p.weight_stride[2] == p.s && p.weight_stride[3] == 1;
-  const int64_t in_held = round_up(in_plane, kRowLanes), out_held = round_up(out_plane, kRowLanes);
+  const int64_t in_held = round_up(images.in_size, kRowLanes), out_held = round_up(images.out_size, kRowLanes);
   const ScratchPieces scratch(threads,
                               (in_held + out_held + round_up(count, kRowLanes)) * static_cast<int64_t>(sizeof(float)));
 #pragma omp parallel num_threads(threads)
@@ -386,7 +380,7 @@ void filter_all(const Conv2dParams& p, bool transposed) {
 #pragma omp for schedule(static)
     for (int64_t plane = 0; plane < planes; ++plane) {
       const int64_t c = plane % p.c;
-      const T* const filter = weight + c * p.weight_stride[0];
+      const T* const filter = images.weight + c * p.weight_stride[0];
       const float* ordered = weights;
       if (!contiguous) {
         for (int64_t t = 0; t < count; ++t) weights[t] = load_scalar(filter[offsets.of[flip ? count - 1 - t : t]]);
@@ -400,19 +394,19 @@ void filter_all(const Conv2dParams& p, bool transposed) {
         ordered = as_floats(filter, count, weights);
       }
       NarrowPlane b{};
-      b.in = as_floats(in + plane * in_plane, in_plane, held);
+      b.in = as_floats(images.in + plane * images.in_size, images.in_size, held);
       b.out = made;
       if constexpr (__is_same(T, float)) {
-        if (direct) b.out = out + plane * out_plane;
+        if (direct) b.out = images.out + plane * images.out_size;
       }
-      b.in_h = in_h, b.in_w = in_w, b.out_h = out_h, b.out_w = out_w;
+      b.in_h = images.in_h, b.in_w = images.in_w, b.out_h = images.out_h, b.out_w = images.out_w;
       b.weights = ordered;
       b.halves = &halves;
-      b.bias = bias ? load_scalar(bias[c]) : 0;
+      b.bias = images.bias ? load_scalar(images.bias[c]) : 0;
       kernel(b);
       if (!direct)
-        finish_row(made, out_plane, out + plane * out_plane, residual ? residual + plane * out_plane : nullptr,
-                   p.activation);
+        finish_row(made, images.out_size, images.out + plane * images.out_size,
+                   images.residual ? images.residual + plane * images.out_size : nullptr, p.activation);
     }
   }
 }
@@ -454,15 +448,7 @@ void weight_grad(const Conv2dParams& p) {
 }  // namespace
 }  // namespace cnnops::CNNOPS_ISA
 
-#define CNNOPS_EXPORT_TYPE(pass, T, suffix) \
-  void conv2d_narrow_planes_##pass##_##suffix(const Conv2dParams& p) { pass<T>(p); }
-#define CNNOPS_EXPORT_TYPES(pass)                \
-  namespace cnnops::CNNOPS_ISA {                 \
-  CNNOPS_EXPORT_TYPE(pass, float, f32)           \
-  CNNOPS_EXPORT_TYPE(pass, ::cnnops::bf16, bf16) \
-  CNNOPS_EXPORT_TYPE(pass, ::cnnops::f16, f16)   \
-  }
-CNNOPS_EXPORT_TYPES(forward)
-CNNOPS_EXPORT_TYPES(input_grad)
-CNNOPS_EXPORT_TYPES(weight_grad)
+CNNOPS_EXPORT_FLOAT(conv2d_narrow_planes_forward, Conv2dParams, forward)
+CNNOPS_EXPORT_FLOAT(conv2d_narrow_planes_input_grad, Conv2dParams, input_grad)
+CNNOPS_EXPORT_FLOAT(conv2d_narrow_planes_weight_grad, Conv2dParams, weight_grad)
 #endif

@@ -14,6 +14,8 @@
 // vectors of channels where they lie: one permutation serves kTaps products.
 #pragma once
 
+#include <utility>
+
 #include "cpu/conv2d_lattice.h"
 #include "cpu/simd/activation.h"
 #include "cpu/simd/stream.h"
@@ -25,13 +27,15 @@ template <int kValue>
 struct Constant {
   static constexpr int value = kValue;
 };
-// f(Constant<kFrom>{}), ..., f(Constant<kTo - 1>{}), each inlined.
+template <int kFrom, int... kOffsets, class F>
+[[gnu::always_inline]] inline void unrolled_from(std::integer_sequence<int, kOffsets...>, const F& f) {
+  (f(Constant<kFrom + kOffsets>{}), ...);
+}
+// f(Constant<kFrom>{}), ..., f(Constant<kTo - 1>{}), each inlined: side by side, as one within the other each would be copied
+// once for every one before it.
 template <int kFrom, int kTo, class F>
 [[gnu::always_inline]] inline void unrolled(const F& f) {
-  if constexpr (kFrom < kTo) {
-    f(Constant<kFrom>{});
-    unrolled<kFrom + 1, kTo>(f);
-  }
+  unrolled_from<kFrom>(std::make_integer_sequence<int, kTo - kFrom>{}, f);
 }
 #define CNNOPS_INLINE __attribute__((always_inline))
 
@@ -185,8 +189,18 @@ void filter_block(const FilterBlock<T>& b) {
   finish_block(b, finished);
 }
 
-// Widths of blocks: with the taps of a run they fill the registers. Where inputs are picked there are fewer kernels, to save
-// time of compilation: of the widths that rows of 7 * 2^n pixels need.
+// float64 and the portable level do with fewer kernels, to save time of compilation: runs of 3 taps or one, and any pick from
+// two vectors.
+#if CNNOPS_ISA_avx2 || CNNOPS_ISA_avx512
+template <class C>
+constexpr bool kFewKernels = sizeof(C) > sizeof(float);
+#else
+template <class C>
+constexpr bool kFewKernels = true;
+#endif
+
+// Widths of blocks: with the taps of a run they fill the registers. Where inputs are picked, or kernels few, there are those
+// that rows of 7 * 2^n pixels need.
 #if CNNOPS_ISA_avx512
 constexpr int kWidths[] = {4, 7, 10, 14};
 #else
@@ -204,7 +218,8 @@ struct FilterKernels {
   void set() {
     unrolled<0, kWidthCount>([&](auto i) CNNOPS_INLINE {
       constexpr int kWidth = kWidths[decltype(i)::value], kFew = 7;
-      constexpr int kCount = !is_picked(kLoad) ? kWidth : kWidth <= kFew ? kFew : kMostPixels;
+      constexpr bool kAll = !is_picked(kLoad) && !kFewKernels<compute_t<T>>;
+      constexpr int kCount = kAll ? kWidth : kWidth <= kFew ? kFew : kMostPixels;
       of[i.value] = &filter_block<T, kTaps, kStep, kCount, kLoad>;
     });
   }
@@ -213,11 +228,15 @@ struct FilterKernels {
   void choose(int64_t taps, int64_t step) {
     if constexpr (!is_part(kLoad)) {
       switch (taps * 4 + step) {
-        case 2 * 4 + 1: return set<2, 1, kLoad>();
         case 3 * 4 + 1: return set<3, 1, kLoad>();
+        case 3 * 4 + 2: return set<3, 2, kLoad>();
+      }
+    }
+    if constexpr (!is_part(kLoad) && !kFewKernels<compute_t<T>>) {
+      switch (taps * 4 + step) {
+        case 2 * 4 + 1: return set<2, 1, kLoad>();
         case 5 * 4 + 1: return set<5, 1, kLoad>();
         case 7 * 4 + 1: return set<7, 1, kLoad>();
-        case 3 * 4 + 2: return set<3, 2, kLoad>();
         case 5 * 4 + 2: return set<5, 2, kLoad>();
       }
     }
@@ -227,11 +246,12 @@ struct FilterKernels {
 
 // How many taps of a filter row a run takes, where `width` of them lie side by side (1: they do not) and output pixels are
 // `step` input pixels apart.
+template <class C>
 int64_t side_by_side(int64_t width, int64_t step) {
   if (step <= 2)
-    for (int64_t taps = step == 1 ? 7 : 5; taps > 1; taps -= 2)
+    for (int64_t taps = kFewKernels<C> ? 3 : step == 1 ? 7 : 5; taps > 1; taps -= 2)
       if (width % taps == 0) return taps;
-  return step == 1 && width % 2 == 0 ? 2 : 1;
+  return !kFewKernels<C> && step == 1 && width % 2 == 0 ? 2 : 1;
 }
 
 // ---- Gradients of taps -----------------------------------------------------------------------------------------------
@@ -326,10 +346,10 @@ void correlate(const Correlation<T>& b, const GradRun* runs, compute_t<T>* sums)
       }
     };
     // Nine sums and seven pixels are more than 16 registers hold.
-    constexpr bool kFull = is_picked(kLoad) && kRuns > 1 && kMostPixels == 7;
-    if constexpr (kMostPixels > 7) blocks(Constant<kMostPixels>{});
+    constexpr bool kFull = is_picked(kLoad) && kRuns > 1 && kMostPixels == 7, kFew = kFewKernels<C>;
+    if constexpr (kMostPixels > 7 && !kFew) blocks(Constant<kMostPixels>{});
     if constexpr (!kFull) blocks(Constant<7>{});
-    if constexpr (!is_picked(kLoad) || kFull) blocks(Constant<4>{});
+    if constexpr ((!is_picked(kLoad) && !kFew) || kFull) blocks(Constant<4>{});
     blocks(Constant<1>{});
   }
   unrolled<0, kRuns>([&](auto r) CNNOPS_INLINE {
@@ -343,18 +363,22 @@ void correlate(const Correlation<T>& b, const GradRun* runs, compute_t<T>* sums)
 
 template <class T>
 using CorrelateKernel = void (*)(const Correlation<T>&, const GradRun*, compute_t<T>*);
-// For so many taps a run, and `runs` of 1, or of 3 runs of 3 taps that differ by their rows alone.
+// For so many taps a run, and `runs` of 1, or (not kFewKernels) of 3 runs of 3 taps that differ by their rows alone.
 template <class T, Load kLoad>
 CorrelateKernel<T> correlate_kernel(int64_t taps, int64_t step, int64_t runs) {
   if constexpr (!is_part(kLoad)) {
-    if (runs == 3) return step == 1 ? &correlate<T, 3, 1, kLoad, 3> : &correlate<T, 3, 2, kLoad, 3>;
+    if constexpr (!kFewKernels<compute_t<T>>) {
+      if (runs == 3) return step == 1 ? &correlate<T, 3, 1, kLoad, 3> : &correlate<T, 3, 2, kLoad, 3>;
+      switch (taps * 4 + step) {
+        case 2 * 4 + 1: return &correlate<T, 2, 1, kLoad, 1>;
+        case 5 * 4 + 1: return &correlate<T, 5, 1, kLoad, 1>;
+        case 7 * 4 + 1: return &correlate<T, 7, 1, kLoad, 1>;
+        case 5 * 4 + 2: return &correlate<T, 5, 2, kLoad, 1>;
+      }
+    }
     switch (taps * 4 + step) {
-      case 2 * 4 + 1: return &correlate<T, 2, 1, kLoad, 1>;
       case 3 * 4 + 1: return &correlate<T, 3, 1, kLoad, 1>;
-      case 5 * 4 + 1: return &correlate<T, 5, 1, kLoad, 1>;
-      case 7 * 4 + 1: return &correlate<T, 7, 1, kLoad, 1>;
       case 3 * 4 + 2: return &correlate<T, 3, 2, kLoad, 1>;
-      case 5 * 4 + 2: return &correlate<T, 5, 2, kLoad, 1>;
     }
   }
   return &correlate<T, 1, 1, kLoad, 1>;

@@ -137,9 +137,30 @@ constexpr C kNan = static_cast<C>(__builtin_nanf(""));
 template <class C>
 constexpr C kHighest = static_cast<C>(__builtin_inff());
 
-template <class T, bool kPick, int kHeight, int kWidth>
-void forward_nchw(const MedianPool2dParams& p) {
-  using C = compute_t<T>;
+// What forward_nchw, for all types that are computed in C, does with rows of the image's own type.
+template <class C>
+struct RowsOf {
+  void (*split)(const PhasedRow<C>& phases, const void* x, int64_t from, C* to);
+  void (*put)(const C* row, int64_t count, void* y, int64_t to);  // null where rows are made in y itself
+};
+template <class T>
+void split_row(const PhasedRow<compute_t<T>>& phases, const void* x, int64_t from, compute_t<T>* to) {
+  phases.split(static_cast<const T*>(x) + from, to);
+}
+template <class T>
+void put_row(const compute_t<T>* row, int64_t count, void* y, int64_t to) {
+  constexpr int64_t kLanes = lanes<compute_t<T>>;
+  for (int64_t i = 0; i < count; i += kLanes)
+    store_n(static_cast<T*>(y) + to + i, load(row + i), part_of<compute_t<T>>(i, count));
+}
+template <class T>
+RowsOf<compute_t<T>> rows_of() {
+  if constexpr (__is_same(T, compute_t<T>)) return {&split_row<T>, nullptr};
+  return {&split_row<T>, &put_row<T>};
+}
+
+template <class C, bool kPick, int kHeight, int kWidth>
+void forward_nchw(const MedianPool2dParams& p, const RowsOf<C> images) {
   using I = int_t<C>;
   const Windows& v = p.windows;
   const int kernel_h = kHeight ? kHeight : static_cast<int>(v.kernel_h);
@@ -155,13 +176,14 @@ void forward_nchw(const MedianPool2dParams& p) {
   const int64_t inner_last = room < 0 ? 0 : min64(room / v.stride_w + 1, p.q);
 
   struct Piece {
-    C* rows;
+    C *rows, *made;
     I *base, *columns;
     int64_t* held_row;
   };
   const auto lay_out = [&](Arena arena, int64_t* bytes) {
     Piece s;
     s.rows = arena.take<C>(v.kernel_h * phases.size());
+    s.made = arena.take<C>(width);
     s.base = arena.take<I>(width);
     s.columns = arena.take<I>(width);
     s.held_row = arena.take<int64_t>(v.kernel_h);
@@ -189,7 +211,6 @@ void forward_nchw(const MedianPool2dParams& p) {
 #pragma omp for schedule(static)
     for (int64_t unit = 0; unit < p.n * p.c * units_each; ++unit) {
       const int64_t plane = unit / units_each, from = unit % units_each * unit_rows;
-      const T* const x = static_cast<const T*>(p.x) + plane * p.h * p.w;
       for (int64_t i = 0; i < v.kernel_h; ++i) s.held_row[i] = -1;
       for (int64_t pp = from; pp < min64(from + unit_rows, p.p); ++pp) {
         const int64_t top = pp * v.stride_h - v.pad_h;
@@ -201,12 +222,13 @@ void forward_nchw(const MedianPool2dParams& p) {
           const int64_t h = top + i * v.dilation_h, slot = v.dilation_h == 1 ? h % v.kernel_h : i;
           C* const buffer = s.rows + slot * phases.size();
           if (s.held_row[slot] != h) {
-            phases.split(x + h * p.w, buffer);
+            images.split(phases, p.x, (plane * p.h + h) * p.w, buffer);
             s.held_row[slot] = h;
           }
           row[i] = buffer;
         }
         const int64_t out = (plane * p.p + pp) * p.q;
+        C* const made = images.put ? s.made : static_cast<C*>(p.y) + out;
         const I rows = static_cast<I>(max64(r1 - r0, 0));
         for (int64_t q = 0; q < p.q; q += lanes<C>) {
           const int part = part_of<C>(q, p.q);
@@ -255,7 +277,7 @@ void forward_nchw(const MedianPool2dParams& p) {
             median = median_of<C>(values, count);
           }
           median = nan ? set1(kNan<C>) : median;
-          store_n(static_cast<T*>(p.y) + out + q, empty ? set1(kNan<C>) : median, part);
+          store_n(made + q, empty ? set1(kNan<C>) : median, part);
           if constexpr (kPick) {
             ivec<C> choice = ivec<C>{} - 1;
             for (int r = r1 - 1; r >= r0; --r)
@@ -268,6 +290,7 @@ void forward_nchw(const MedianPool2dParams& p) {
             store_choice<C>(p.choice, p.mode, out + q, choice, begin + static_cast<I>(top * p.w), part);
           }
         }
+        if (images.put) images.put(made, p.q, p.y, out);
       }
     }
   }
@@ -289,10 +312,11 @@ int64_t list_cells(const MedianPool2dParams& p, const Steps& steps, int64_t pp, 
   return count;
 }
 
-template <class T, bool kPick>
+template <class T>
 void forward_nhwc(const MedianPool2dParams& p) {
   using C = compute_t<T>;
   using I = int_t<C>;
+  const bool pick = p.mode != Choice::none;
   const Windows& v = p.windows;
   const Steps steps(p.mode, v, p.w);
 #pragma omp parallel for num_threads(p.threads) schedule(static)
@@ -321,7 +345,7 @@ void forward_nhwc(const MedianPool2dParams& p) {
         }
         median = nan ? set1(kNan<C>) : median;
         store_n(static_cast<T*>(p.y) + out + c, median, part);
-        if constexpr (kPick) {
+        if (pick) {
           ivec<C> choice = ivec<C>{} - 1;
           for (int i = count - 1; i >= 0; --i) {
             const vec<C> cell = load_n(image + cells[i].at + c, part);
@@ -336,10 +360,11 @@ void forward_nhwc(const MedianPool2dParams& p) {
 
 // Square windows of 2, 3 or 5 cells a side that lie inside the image: the columns of a row of windows are sorted one after the
 // other, in a ring in L1, and each serves the windows it is part of. Those at the border are filled up to whole windows.
-template <class T, bool kPick, int kSide>
+template <class T, int kSide>
 void forward_nhwc_sorted(const MedianPool2dParams& p) {
   using C = compute_t<T>;
   using I = int_t<C>;
+  const bool pick = p.mode != Choice::none;
   constexpr int kCells = kSide * kSide;
   const Windows& v = p.windows;
   const Steps steps(p.mode, v, p.w);
@@ -365,7 +390,7 @@ void forward_nhwc_sorted(const MedianPool2dParams& p) {
         if (count == 0) median = set1(kNan<C>);
         median = nan ? set1(kNan<C>) : median;
         store_output(static_cast<T*>(p.y) + out + c, median, part, stream);
-        if constexpr (kPick) {
+        if (pick) {
           ivec<C> choice = ivec<C>{} - 1;
           for (int i = count - 1; i >= 0; --i) {
             const vec<C> cell = load_n(image + cells[i].at + c, part);
@@ -376,7 +401,7 @@ void forward_nhwc_sorted(const MedianPool2dParams& p) {
       };
       Cell cells[kCells];
       if (rows_inside && left >= 0 && left + reach_w <= p.w) {
-        if constexpr (kPick) list_cells(p, steps, pp, q, p.c, cells);
+        if (pick) list_cells(p, steps, pp, q, p.c, cells);
         if (sorted < left) sorted = left;
         for (; sorted < left + reach_w; ++sorted) {
           C* const to = ring + slot * column;
@@ -486,27 +511,41 @@ void forward_large(const MedianPool2dParams& p) {
   }
 }
 
-template <class T, bool kPick>
-void forward_as(const MedianPool2dParams& p) {
-  const Windows& v = p.windows;
-  if (v.kernel_h > kMostVectors || v.kernel_h * v.kernel_w > kMostVectors) return forward_large<T>(p);
-  if (p.layout == Layout::nhwc) {
-    if (v.kernel_h == v.kernel_w && v.stride_w <= v.kernel_w) {
-      if (v.kernel_w == 2) return forward_nhwc_sorted<T, kPick, 2>(p);
-      if (v.kernel_w == 3) return forward_nhwc_sorted<T, kPick, 3>(p);
-      if (v.kernel_w == 5) return forward_nhwc_sorted<T, kPick, 5>(p);
-    }
-    return forward_nhwc<T, kPick>(p);
-  }
-  if (v.kernel_h == 2 && v.kernel_w == 2) return forward_nchw<T, kPick, 2, 2>(p);
-  if (v.kernel_h == 3 && v.kernel_w == 3) return forward_nchw<T, kPick, 3, 3>(p);
-  if (v.kernel_h == 5 && v.kernel_w == 5) return forward_nchw<T, kPick, 5, 5>(p);
-  forward_nchw<T, kPick, 0, 0>(p);
+// To ask at run time whether cells are picked costs up to 8% here.
+template <class C, bool kPick>
+void forward_planes(const MedianPool2dParams& p, int64_t side, const RowsOf<C>& images) {
+  if (side == 2) return forward_nchw<C, kPick, 2, 2>(p, images);
+  if (side == 3) return forward_nchw<C, kPick, 3, 3>(p, images);
+  if (side == 5) return forward_nchw<C, kPick, 5, 5>(p, images);
+  forward_nchw<C, kPick, 0, 0>(p, images);
 }
+
+// float64, and on the portable level the types that are converted, do without, to save time of compilation.
+template <class T>
+#if CNNOPS_ISA_avx2 || CNNOPS_ISA_avx512
+constexpr bool kSorts = !__is_same(T, double);
+#else
+constexpr bool kSorts = __is_same(T, float);
+#endif
 
 template <class T>
 void forward(const MedianPool2dParams& p) {
-  p.mode == Choice::none ? forward_as<T, false>(p) : forward_as<T, true>(p);
+  using C = compute_t<T>;
+  const Windows& v = p.windows;
+  if (v.kernel_h > kMostVectors || v.kernel_h * v.kernel_w > kMostVectors) return forward_large<T>(p);
+  const int64_t side = v.kernel_h == v.kernel_w ? v.kernel_w : 0;
+  if (p.layout == Layout::nhwc) {
+    if constexpr (kSorts<T>) {
+      if (v.stride_w <= v.kernel_w) {
+        if (side == 2) return forward_nhwc_sorted<T, 2>(p);
+        if (side == 3) return forward_nhwc_sorted<T, 3>(p);
+        if (side == 5) return forward_nhwc_sorted<T, 5>(p);
+      }
+    }
+    return forward_nhwc<T>(p);
+  }
+  const RowsOf<C> images = rows_of<T>();
+  p.mode == Choice::none ? forward_planes<C, false>(p, side, images) : forward_planes<C, true>(p, side, images);
 }
 
 }  // namespace

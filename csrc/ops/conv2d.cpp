@@ -24,6 +24,20 @@ bool narrow_planes_weight_grad_pays(const Conv2dParams& p) {
   return has_narrow_planes(p) && p.w > 8 && !(p.s == 5 && p.q <= 8);
 }
 
+// NCHW rows of `least` pixels or more in the output, and a square filter whose rows' middle meets them.
+bool has_wide_planes(const Conv2dParams& p, int64_t least) {
+  const int64_t taps = p.s, stride = p.stride_w, step = p.dilation_w;
+  return is_depthwise(p) && p.layout == Layout::nchw && p.r == taps && p.stride_h == stride && p.dilation_h == step &&
+         ((stride == 1 && step == 1) || (stride == 2 && step == 1) || (stride == 1 && step == 2 && taps == 3)) &&
+         (taps == 3 || taps == 5) && p.pad_w == taps / 2 * step && p.q == (p.w - 1) / stride + 1 && p.q >= least &&
+         p.n * p.c * p.h * p.w * p.p > 0;
+}
+// Rows of a vector; with 3 x 3, 14 of 16 lanes are enough.
+bool wide_planes_pay(const Conv2dParams& p) { return has_wide_planes(p, p.s == 3 && p.stride_w == 1 ? 12 : 16); }
+// 5 x 5 with stride 2 takes 1.2 times as long so as on vectors of channels.
+bool wide_planes_input_grad_pays(const Conv2dParams& p) { return wide_planes_pay(p) && (p.stride_w == 1 || p.s == 3); }
+bool wide_planes_weight_grad_pays(const Conv2dParams& p) { return has_wide_planes(p, 16); }
+
 // Under 8 channels meet 8 filters: no work for matrix products.
 bool has_narrow_groups(const Conv2dParams& p) {
   return p.groups > 1 && p.c / p.groups < 8 && p.k / p.groups < 8 && p.r * p.s < 65536;

@@ -248,7 +248,13 @@ def recorder(
             ctx.save_for_backward(saved)
         return y
 
+    function = gradient.direct
+
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        if function is not None and not torch.is_grad_enabled() and direct():
+            made: tuple[Tensor, None] | None = C.gradient_direct(function, ctx, dy, threads())
+            if made is not None:
+                return made
         return gradient(dy, *ctx.saved_tensors, *ctx.arguments), None
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}

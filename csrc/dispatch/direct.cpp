@@ -38,6 +38,31 @@ PyObject* undisturbed(PyObject*, PyObject* const*, Py_ssize_t) {
   Py_RETURN_TRUE;
 }
 
+// What backward(context, dy) of a function of two arguments returns whose gradient `function` computes, one of those that end
+// in _direct: called with dy, the tensors that the context saved, its `arguments`, and threads. None where that refuses.
+PyObject* gradient(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  static PyObject* const saved_name = PyUnicode_InternFromString("saved_tensors");
+  static PyObject* const arguments_name = PyUnicode_InternFromString("arguments");
+  return attempt([&]() -> PyObject* {
+    constexpr Py_ssize_t kMost = 16;
+    if (count != 4) return nullptr;
+    PyObject* all[kMost] = {args[2]};
+    Py_ssize_t size = 1;
+    py::object tuples[2];
+    for (const int i : {0, 1}) {
+      tuples[i] = py::reinterpret_steal<py::object>(PyObject_GetAttr(args[1], i ? arguments_name : saved_name));
+      PyObject* const tuple = tuples[i].ptr();
+      if (!tuple || !PyTuple_CheckExact(tuple) || size + PyTuple_GET_SIZE(tuple) >= kMost) return nullptr;
+      for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(tuple); ++k) all[size++] = PyTuple_GET_ITEM(tuple, k);
+    }
+    all[size++] = args[3];
+    const auto made =
+        py::reinterpret_steal<py::object>(PyObject_Vectorcall(args[0], all, static_cast<size_t>(size), nullptr));
+    if (!made || made.is_none()) return nullptr;
+    return PyTuple_Pack(2, made.ptr(), Py_None);
+  });
+}
+
 }  // namespace
 
 bool tensor(PyObject* object, Tensor& out, int ndim) {
@@ -166,6 +191,8 @@ void bind_direct(py::module_& m) {
       },
       py::arg("questions"), "The functions without arguments that undisturbed() asks.");
   direct::define(m, "undisturbed", &direct::undisturbed, "undisturbed() -> bool");
+  direct::define(m, "gradient_direct", &direct::gradient,
+                 "gradient_direct(function: object, context: object, dy: torch.Tensor, threads: int) -> object");
 }
 
 }  // namespace cnnops

@@ -472,17 +472,6 @@ void pixel_nhwc(T* dx, const T* dy, const void* choice, int64_t choice_at, const
   if (c < channels) vectors(c, static_cast<int>(channels - c));
 }
 
-// Copies around the caches.
-template <class T>
-void stream_copy(T* to, const T* from, int64_t count) {
-  constexpr int64_t kLine = lanes<float> * static_cast<int64_t>(sizeof(float) / sizeof(T));
-  int64_t i = 0;
-  if constexpr (sizeof(T) <= sizeof(float))
-    for (; i + kLine <= count; i += kLine)
-      store_streaming(reinterpret_cast<float*>(to + i), load(reinterpret_cast<const float*>(from + i)));
-  std::memcpy(static_cast<void*>(to + i), from + i, static_cast<size_t>(count - i) * sizeof(T));
-}
-
 // Channels_last, windows of common shapes: kBlocks blocks of kStride x kStride pixels of dx side by side at a time, so that
 // most of what is loaded serves several pixels. Rows and columns of windows that miss the image are rows of bytes that
 // nothing chose, and pixels outside of it are stored aside: no branch is left in the loop.

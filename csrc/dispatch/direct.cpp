@@ -38,24 +38,19 @@ PyObject* undisturbed(PyObject*, PyObject* const*, Py_ssize_t) {
   Py_RETURN_TRUE;
 }
 
-// What backward(context, dy) of a function of two arguments returns whose gradient `function` computes, one of those that end
-// in _direct: called with dy, the tensors that the context saved, its `arguments`, and threads. None where that refuses.
+// The gradient that `function`, one of those that end in _direct, computes of dy, the tensors saved for it, its further
+// arguments and threads: -> (dx, None), which autograd wants of a function of two arguments, or None where it refuses.
 PyObject* gradient(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  static PyObject* const saved_name = PyUnicode_InternFromString("saved_tensors");
-  static PyObject* const arguments_name = PyUnicode_InternFromString("arguments");
   return attempt([&]() -> PyObject* {
     constexpr Py_ssize_t kMost = 16;
-    if (count != 4) return nullptr;
-    PyObject* all[kMost] = {args[2]};
+    if (count != 5) return nullptr;
+    PyObject* all[kMost] = {args[1]};
     Py_ssize_t size = 1;
-    py::object tuples[2];
-    for (const int i : {0, 1}) {
-      tuples[i] = py::reinterpret_steal<py::object>(PyObject_GetAttr(args[1], i ? arguments_name : saved_name));
-      PyObject* const tuple = tuples[i].ptr();
-      if (!tuple || !PyTuple_CheckExact(tuple) || size + PyTuple_GET_SIZE(tuple) >= kMost) return nullptr;
-      for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(tuple); ++k) all[size++] = PyTuple_GET_ITEM(tuple, k);
+    for (PyObject* const tuple : {args[2], args[3]}) {
+      if (!PyTuple_CheckExact(tuple) || size + PyTuple_GET_SIZE(tuple) >= kMost) return nullptr;
+      for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuple); ++i) all[size++] = PyTuple_GET_ITEM(tuple, i);
     }
-    all[size++] = args[3];
+    all[size++] = args[4];
     const auto made =
         py::reinterpret_steal<py::object>(PyObject_Vectorcall(args[0], all, static_cast<size_t>(size), nullptr));
     if (!made || made.is_none()) return nullptr;
@@ -191,8 +186,9 @@ void bind_direct(py::module_& m) {
       },
       py::arg("questions"), "The functions without arguments that undisturbed() asks.");
   direct::define(m, "undisturbed", &direct::undisturbed, "undisturbed() -> bool");
-  direct::define(m, "gradient_direct", &direct::gradient,
-                 "gradient_direct(function: object, context: object, dy: torch.Tensor, threads: int) -> object");
+  direct::define(
+      m, "gradient_direct", &direct::gradient,
+      "gradient_direct(function: object, dy: torch.Tensor, saved: tuple, arguments: tuple, threads: int) -> object");
 }
 
 }  // namespace cnnops

@@ -85,6 +85,15 @@ def test_pooling(dtype: torch.dtype, format: torch.memory_format, name: str, sha
 
 @FORMATS
 @DTYPES
+def test_global_mean(dtype: torch.dtype, format: torch.memory_format) -> None:
+    check(
+        lambda x: CF.adaptive_avg_pool2d(x, 1), lambda x: F.adaptive_avg_pool2d(x, 1),
+        [image(dtype, format, 2, 256, 130, 129)],
+    )  # fmt: skip
+
+
+@FORMATS
+@DTYPES
 @pytest.mark.parametrize("images", [1, 9])
 def test_locally_connected2d(dtype: torch.dtype, format: torch.memory_format, images: int) -> None:
     x, weight = image(dtype, format, images, 16, 33, 33), torch.randn(31, 31, 64, 16, 3, 3).to(dtype)  # 18 MB

@@ -75,10 +75,20 @@ def test_batch_norm(dtype: torch.dtype, format: torch.memory_format) -> None:
 @FORMATS
 @DTYPES
 @pytest.mark.parametrize("name", ["max_pool2d", "avg_pool2d"])
-def test_pooling(dtype: torch.dtype, format: torch.memory_format, name: str) -> None:
+@pytest.mark.parametrize("shape", [SHAPE, (1, 160, 235, 233)])  # pixels of few cache lines and of several
+def test_pooling(dtype: torch.dtype, format: torch.memory_format, name: str, shape: tuple[int, ...]) -> None:
     check(
         lambda x: getattr(CF, name)(x, 3, 2, 1), lambda x: getattr(F, name)(x, 3, 2, 1),
-        [image(dtype, format, *SHAPE)],
+        [image(dtype, format, *shape)],
+    )  # fmt: skip
+
+
+@FORMATS
+@DTYPES
+def test_global_mean(dtype: torch.dtype, format: torch.memory_format) -> None:
+    check(
+        lambda x: CF.adaptive_avg_pool2d(x, 1), lambda x: F.adaptive_avg_pool2d(x, 1),
+        [image(dtype, format, 2, 256, 130, 129)],
     )  # fmt: skip
 
 

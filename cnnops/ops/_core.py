@@ -248,8 +248,15 @@ def recorder(
             ctx.save_for_backward(saved)
         return y
 
+    function = gradient.direct
+
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return gradient(dy, *ctx.saved_tensors, *ctx.arguments), None
+        saved = ctx.saved_tensors  # once: checkpoints unpack no tensor twice
+        if function is not None and not torch.is_grad_enabled() and direct():
+            made: tuple[Tensor, None] | None = C.gradient_direct(function, dy, saved, ctx.arguments, threads())
+            if made is not None:
+                return made
+        return gradient(dy, *saved, *ctx.arguments), None
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return applier(type(name, (torch.autograd.Function,), members))

@@ -148,11 +148,13 @@ void backward(const AdaptiveAvgPool2dParams& p) {
 // Terms that a lane adds up before its sum goes to float64.
 constexpr int64_t kBlock = 64;
 
+template <class C>
+using Wide = typename VectorOf<double, lanes<C>>::type;
+
 // The sum of the lanes in float64: of float32's in a tree, in as many steps as halves.
 template <class C>
 [[gnu::always_inline]] inline double wide_sum(vec<C> v) {
-  using Wide = typename VectorOf<double, lanes<C>>::type;
-  return sum_lanes<double, lanes<C>>(__builtin_convertvector(v, Wide));
+  return sum_lanes<double, lanes<C>>(__builtin_convertvector(v, Wide<C>));
 }
 
 template <class T>
@@ -186,7 +188,7 @@ template <int kVectors, class T>
       sums[kVectors - 1] += load_n(x + i * pitch + (kVectors - 1) * lanes<C>, part);
     }
     for (int g = 0; g < kVectors; ++g)
-      for (int l = 0; l < lanes<C>; ++l) total[g * lanes<C> + l] += sums[g][l];
+      *reinterpret_cast<Wide<C>*>(total + g * lanes<C>) += __builtin_convertvector(sums[g], Wide<C>);
   }
 }
 
@@ -260,7 +262,8 @@ void global_backward(const AdaptiveAvgPool2dParams& p) {
   }
   // A pixel's worth of dx is worked out once per unit of pixels, and copied to the others.
   constexpr int64_t kPixels = 64;
-  const int64_t units_each = ceil_div(cells, kPixels);
+  const int64_t units_each = ceil_div(cells, kPixels), pixel = p.c * static_cast<int64_t>(sizeof(T));
+  const bool stream = p.n * cells * pixel >= kLargeImage && pixel >= 512 && pixel % kCacheLine == 0;
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t unit = 0; unit < p.n * units_each; ++unit) {
     const int64_t n = unit / units_each, from = unit % units_each * kPixels;
@@ -269,7 +272,14 @@ void global_backward(const AdaptiveAvgPool2dParams& p) {
       const int part = part_of<C>(c, p.c);
       store_n(first + c, load_n(dy + n * p.c + c, part) / count, part);
     }
-    for (int64_t i = 1; i < min64(kPixels, cells - from); ++i) std::memcpy(first + i * p.c, first, p.c * sizeof(T));
+    for (int64_t i = 1; i < min64(kPixels, cells - from); ++i) {
+      if (stream) {
+        stream_copy(first + i * p.c, first, p.c);
+      } else {
+        std::memcpy(first + i * p.c, first, p.c * sizeof(T));
+      }
+    }
+    if (stream) end_streaming();
   }
 }
 

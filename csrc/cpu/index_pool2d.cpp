@@ -1,7 +1,8 @@
 // Derivatives of picking poolings. Every element of dx is added up by one thread in the contract's order, so nothing is
 // added atomically. NCHW: windows of common shapes in strips of dx, with vectors along its rows; others where their choice
-// says; windows of 2 x 2 side by side are simpler than either. NHWC: vectors run along the channels, and each element of dx
-// asks the windows that hold it whether they chose it. Both: larger windows that share no cell store one element each.
+// says; windows of 2 x 2 side by side are simpler than either. NHWC: vectors run along the channels; windows of common shapes
+// in blocks of pixels of dx, else each pixel asks the windows that hold it whether they chose it. Both: larger windows that
+// share no cell store one element each.
 #include "ops/index_pool2d.h"
 
 #include <omp.h>
@@ -152,7 +153,7 @@ void backward_strip(const Strips<T, U>& s, int64_t i) {
   }
 }
 
-// Overlapping windows of a few common shapes (square, as stride and dilation are), in strips of a band of rows. Vectors run
+// Overlapping windows of a few common shapes, in strips of a band of rows. Vectors run
 // along a row of dx, by phases of the stride.
 constexpr int64_t kBandRows = 64;
 
@@ -431,20 +432,6 @@ bool side_by_side_2x2(const IndexPool2dParams& p) {
          v.dilation_h == 1 && v.dilation_w == 1 && 2 * p.p <= p.h && 2 * p.q <= p.w;
 }
 
-// The shape's kernel in strips, or null.
-template <class T>
-auto strips_kernel(const Windows& v) -> void (*)(const IndexPool2dParams&) {
-  if (v.kernel_h != v.kernel_w || v.stride_h != v.stride_w || v.dilation_h != v.dilation_w) return nullptr;
-  const auto is = [&](int64_t kernel, int64_t stride, int64_t dilation) {
-    return v.kernel_w == kernel && v.stride_w == stride && v.dilation_w == dilation;
-  };
-  if (is(3, 2, 1)) return backward_nchw_strips<T, 3, 2, 1>;
-  if (is(3, 2, 2)) return backward_nchw_strips<T, 3, 2, 2>;
-  if (is(3, 1, 1)) return backward_nchw_strips<T, 3, 1, 1>;
-  if (is(5, 1, 1)) return backward_nchw_strips<T, 5, 1, 1>;
-  return nullptr;
-}
-
 // A window that holds a pixel: where its channels lie in dy and choice, and what it would have chosen.
 struct Holder {
   int64_t at, chosen;
@@ -485,39 +472,136 @@ void pixel_nhwc(T* dx, const T* dy, const void* choice, int64_t choice_at, const
   if (c < channels) vectors(c, static_cast<int>(channels - c));
 }
 
-// Pixels side by side, all of whose kKernel columns of windows lie in the image (stride and dilation 1): kPixels at a time,
-// so that most of what is loaded serves several. Of the `rows` rows of windows, row i lies at at[i] in dy and choice, and
-// chooses a pixel by its taps from chosen[i] on.
-template <class T, int kKernel, int kPixels>
-void pixels_nhwc(T* dx, const T* dy, const uint8_t* choice, const int64_t* at, const int64_t* chosen, int64_t rows,
-                 int64_t channels, bool stream) {
+// Channels_last, windows of common shapes: kBlocks blocks of kStride x kStride pixels of dx side by side at a time, so that
+// most of what is loaded serves several pixels. Rows and columns of windows that miss the image are rows of bytes that
+// nothing chose, and pixels outside of it are stored aside: no branch is left in the loop.
+template <class T, int kKernel, int kStride, int kDilation>
+struct Blocks {
   using C = compute_t<T>;
-  const auto vectors = [&](int64_t c) __attribute__((always_inline)) {
-    vec<C> sums[kPixels] = {};
-    for (int64_t i = 0; i < rows; ++i) {
-      const T* const g_at = dy + at[i] + c;
-      const uint8_t* const choice_at = choice + at[i] + c;
-      const int less = static_cast<int>(chosen[i]);
+  static constexpr int kBlocks = kStride == 1 ? 4 : CNNOPS_ISA_HAS_MASKS ? 2 : 1;
+  static constexpr int kReach = (kKernel - 1) * kDilation / kStride + 1;  // windows over a block, along an axis
+  static constexpr int kWindows = kBlocks + kReach - 1, kPixels = kBlocks * kStride;
+
+  // Of the rows of windows over the blocks, upper ones first.
+  const T* dy[kReach][kWindows];
+  const uint8_t* choice[kReach][kWindows];
+  T* dx[kStride][kPixels];
+
+  void vector(int64_t c, bool stream) const {
+    vec<C> sums[kStride][kPixels] = {};
+    // Adds what the windows of row i chose of taps [first, last), whose bytes are `less` smaller.
+    const auto row = [&](int i, int first, int last, int less) __attribute__((always_inline)) {
 #pragma GCC unroll 16
-      for (int j = 0; j < kKernel + kPixels - 1; ++j) {
-        const LaneBytes<C> bytes(choice_at + j * channels, less);
-        const vec<C> g = load(g_at + j * channels);
+      for (int j = 0; j < kWindows; ++j) {
+        const LaneBytes<C> bytes(choice[i][j] + c, less);
+        const vec<C> g = load(dy[i][j] + c);
 #pragma GCC unroll 8
-        for (int k = 0; k < kPixels; ++k) {
-          const int tap = kKernel - 1 + k - j;
-          if (tap >= 0 && tap < kKernel) sums[k] = bytes.add_where(tap, sums[k], g);
-        }
+        for (int r = first; r < last; ++r)
+#pragma GCC unroll 8
+          for (int t = 0; t < kKernel; ++t) {
+            const int block = j + t * kDilation / kStride - (kReach - 1);
+            if (block < 0 || block >= kBlocks) continue;
+            vec<C>& sum = sums[r * kDilation % kStride][block * kStride + t * kDilation % kStride];
+            sum = bytes.add_where(r * kKernel + t, sum, g);
+          }
+      }
+    };
+    if constexpr (kStride == 1) {
+      for (int i = 0; i < kReach; ++i) row(i, 0, 1, (kReach - 1 - i) * kKernel);
+    } else {
+#pragma GCC unroll 8
+      for (int i = 0; i < kReach; ++i) {
+        const int window = kReach - 1 - i;
+        row(i, ceil_div(window * kStride, kDilation), min64(ceil_div((window + 1) * kStride, kDilation), kKernel), 0);
       }
     }
+#pragma GCC unroll 2
+    for (int a = 0; a < kStride; ++a)
 #pragma GCC unroll 8
-    for (int k = 0; k < kPixels; ++k) store_output(dx + k * channels + c, sums[k], lanes<C>, stream);
+      for (int b = 0; b < kPixels; ++b) store_output(dx[a][b] + c, sums[a][b], lanes<C>, stream);
+  }
+};
+
+template <class T, int kKernel, int kStride, int kDilation>
+void backward_nhwc_blocks(const IndexPool2dParams& p) {
+  using C = compute_t<T>;
+  using B = Blocks<T, kKernel, kStride, kDilation>;
+  const Windows& v = p.windows;
+  // Around the caches lines should leave whole, and in runs: where a vector is half a line or pixels are short, they are put
+  // together first.
+  constexpr auto kSize = static_cast<int64_t>(sizeof(T));
+  const bool stream = p.n * p.c * p.h * p.w * kSize >= kLargeImage;
+  const bool staged = stream && (sizeof(T) < sizeof(C) || p.c * kSize < 512);
+  // Block i is the cells from kStride * i on of the padded image, and the windows over it are those up to window i.
+  const int64_t first_row = v.pad_h / kStride, rows = ceil_div(p.h + v.pad_h, kStride) - first_row;
+  const int64_t first_column = v.pad_w / kStride, columns = ceil_div(p.w + v.pad_w, kStride);
+
+  struct Piece {
+    uint8_t* nothing;
+    T* aside;
   };
-  for (int64_t c = 0; c < channels; c += lanes<C>) vectors(min64(c, channels - lanes<C>));
+  const auto lay_out = [&](Arena arena, int64_t* bytes) {
+    Piece s;
+    s.nothing = arena.take<uint8_t>(p.c);
+    s.aside = arena.take<T>((staged ? kStride * B::kPixels : 1) * p.c);
+    *bytes = arena.used;
+    return s;
+  };
+  int64_t bytes;
+  lay_out(Arena{nullptr}, &bytes);
+  const ScratchPieces scratch(p.threads, bytes);
+
+#pragma omp parallel num_threads(p.threads)
+  {
+    int64_t ignored;
+    const Piece s = lay_out(Arena{static_cast<char*>(scratch.piece(omp_get_thread_num()))}, &ignored);
+    std::memset(s.nothing, kNoOffset, static_cast<size_t>(p.c));
+#pragma omp for schedule(static)
+    for (int64_t unit = 0; unit < p.n * rows; ++unit) {
+      const int64_t i = first_row + unit % rows, image = unit / rows * p.p * p.q * p.c;
+      const T* const dy = static_cast<const T*>(p.in) + image;
+      const uint8_t* const choice = static_cast<const uint8_t*>(p.choice) + image;
+      T* const dx = static_cast<T*>(p.out) + unit / rows * p.h * p.w * p.c;
+      // The row of windows that the next row of blocks is the first to reach.
+      const int64_t next_at = min64(i + 1, p.p) * p.q * p.c, next_size = i + 1 < p.p ? p.q * p.c : 0;
+      const int64_t shares = ceil_div(columns - first_column, B::kBlocks);
+      Ahead ahead(dy + next_at, next_size * kSize, shares);
+      Ahead ahead_choice(choice + next_at, next_size, shares);
+      for (int64_t j = first_column; j < columns; j += B::kBlocks) {
+        ahead.fetch();
+        ahead_choice.fetch();
+        B blocks;
+        for (int m = 0; m < B::kReach; ++m)
+          for (int k = 0; k < B::kWindows; ++k) {
+            const int64_t pp = i - (B::kReach - 1) + m, q = j - (B::kReach - 1) + k;
+            const bool inside = pp >= 0 && pp < p.p && q >= 0 && q < p.q;
+            blocks.dy[m][k] = dy + (inside ? (pp * p.q + q) * p.c : 0);
+            blocks.choice[m][k] = inside ? choice + (pp * p.q + q) * p.c : s.nothing;
+          }
+        for (int a = 0; a < kStride; ++a)
+          for (int b = 0; b < B::kPixels; ++b) {
+            const int64_t h = i * kStride - v.pad_h + a, w = j * kStride - v.pad_w + b;
+            const bool inside = h >= 0 && h < p.h && w >= 0 && w < p.w;
+            blocks.dx[a][b] = staged   ? s.aside + (a * B::kPixels + b) * p.c
+                              : inside ? dx + (h * p.w + w) * p.c
+                                       : s.aside;
+          }
+        for (int64_t c = 0; c < p.c; c += lanes<C>) blocks.vector(min64(c, p.c - lanes<C>), stream && !staged);
+        if (!staged) continue;
+        const int64_t w = j * kStride - v.pad_w, w0 = max64(w, 0), w1 = min64(w + B::kPixels, p.w);
+        for (int a = 0; a < kStride; ++a) {
+          const int64_t h = i * kStride - v.pad_h + a;
+          if (h >= 0 && h < p.h)
+            stream_copy(dx + (h * p.w + w0) * p.c, s.aside + (a * B::kPixels + w0 - w) * p.c, (w1 - w0) * p.c);
+        }
+      }
+      if (stream) end_streaming();
+    }
+  }
 }
 
 template <class T, bool kIndices>
 void backward_nhwc(const IndexPool2dParams& p) {
-  using C = compute_t<T>;
   const bool stream = p.n * p.c * p.h * p.w * static_cast<int64_t>(sizeof(T)) >= kLargeImage;
   const Windows& v = p.windows;
   const int64_t reach_h = (v.kernel_h - 1) * v.dilation_h + 1, reach_w = (v.kernel_w - 1) * v.dilation_w + 1;
@@ -556,21 +640,12 @@ void backward_nhwc(const IndexPool2dParams& p) {
         s.offset_h[i] = i % v.dilation_h == 0 ? i / v.dilation_h * v.kernel_w : kNone;
       for (int64_t i = 0; i < reach_w; ++i) s.offset_w[i] = i % v.dilation_w == 0 ? i / v.dilation_w : kNone;
     }
-    const bool square = !kIndices && v.kernel_h == v.kernel_w && v.stride_h == 1 && v.stride_w == 1 &&
-                        v.dilation_h == 1 && v.dilation_w == 1 && p.c >= lanes<C>;
-    const bool three = square && v.kernel_w == 3, five = square && v.kernel_w == 5;
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < p.n * p.h; ++row) {
       const int64_t h = row % p.h, image = row / p.h * p.p * p.q * p.c;
       const T* const dy = static_cast<const T*>(p.in) + image;
       const int64_t p0 = p.adaptive ? adaptive_first(h, p.h, p.p) : first_window(h, v.pad_h, reach_h, v.stride_h);
       const int64_t p1 = p.adaptive ? adaptive_last(h, p.h, p.p) : last_window(h, v.pad_h, v.stride_h, p.p);
-      int64_t row_at[5], row_chosen[5];
-      if (three || five)
-        for (int64_t pp = p0; pp < p1; ++pp) {
-          row_at[pp - p0] = pp * p.q * p.c;
-          row_chosen[pp - p0] = (h + v.pad_h - pp) * v.kernel_w;
-        }
       // Of the windows, those that the next row of dx is the first to reach.
       const int64_t next = min64(p1 + 1, p.p), next_at = p1 * p.q * p.c, next_size = (next - p1) * p.q * p.c;
       const bool fetches = !kIndices && !p.adaptive;
@@ -579,23 +654,6 @@ void backward_nhwc(const IndexPool2dParams& p) {
       for (int64_t w = 0; w < p.w; ++w) {
         ahead.fetch();
         ahead_choice.fetch();
-        if constexpr (!kIndices) {
-          constexpr int64_t kPixels = 4;
-          // Pixels all of whose columns of windows lie in the image; the last four may overlap others.
-          const int64_t end = min64(p.w, p.q - v.pad_w);
-          if ((three || five) && w == max64(v.kernel_w - 1 - v.pad_w, 0) && end - w >= kPixels) {
-            for (; w < end; w += kPixels) {
-              const int64_t first = min64(w, end - kPixels), q0 = first + v.pad_w - (v.kernel_w - 1);
-              (three ? pixels_nhwc<T, 3, kPixels>
-                     : pixels_nhwc<T, 5, kPixels>)(static_cast<T*>(p.out) + (row * p.w + first) * p.c, dy + q0 * p.c,
-                                                   static_cast<const uint8_t*>(p.choice) + image + q0 * p.c, row_at,
-                                                   row_chosen, p1 - p0, p.c, stream);
-              for (int64_t k = 0; k < kPixels; ++k) ahead.fetch(), ahead_choice.fetch();
-            }
-            w = end - 1;
-            continue;
-          }
-        }
         int64_t count = 0;
         for (int64_t pp = p0; pp < p1; ++pp)
           for (int64_t q = s.q0[w]; q < s.q1[w]; ++q) {
@@ -671,12 +729,34 @@ void backward_nhwc_apart(const IndexPool2dParams& p) {
   }
 }
 
+// The kernel of windows of a common shape, square as their stride and dilation are, or null: all that is compiled for
+// float64, and for 16-bit types without their vectors, is kernels for any shape.
+template <class T>
+auto shape_kernel(const IndexPool2dParams& p) -> void (*)(const IndexPool2dParams&) {
+  if constexpr (!std::is_same_v<T, double> && (kVectorBytes > 16 || std::is_same_v<T, float>)) {
+    const Windows& v = p.windows;
+    const bool nhwc = p.layout == Layout::nhwc;
+    if (p.mode != Choice::offsets || (nhwc && p.c < lanes<compute_t<T>>)) return nullptr;
+    const auto is = [&](int64_t kernel, int64_t stride, int64_t dilation) {
+      return v.kernel_h == kernel && v.kernel_w == kernel && v.stride_h == stride && v.stride_w == stride &&
+             v.dilation_h == dilation && v.dilation_w == dilation;
+    };
+    if (is(3, 2, 1)) return nhwc ? backward_nhwc_blocks<T, 3, 2, 1> : backward_nchw_strips<T, 3, 2, 1>;
+    if (is(3, 2, 2)) return nhwc ? backward_nhwc_blocks<T, 3, 2, 2> : backward_nchw_strips<T, 3, 2, 2>;
+    if (is(3, 1, 1)) return nhwc ? backward_nhwc_blocks<T, 3, 1, 1> : backward_nchw_strips<T, 3, 1, 1>;
+    if (is(5, 1, 1)) return nhwc ? backward_nhwc_blocks<T, 5, 1, 1> : backward_nchw_strips<T, 5, 1, 1>;
+    if (nhwc && is(2, 2, 1)) return backward_nhwc_blocks<T, 2, 2, 1>;
+  }
+  return nullptr;
+}
+
 template <class T>
 void backward(const IndexPool2dParams& p) {
   const bool indices = p.mode == Choice::indices;
-  if (p.layout == Layout::nhwc && apart(p)) {
-    indices ? backward_nhwc_apart<T, true>(p) : backward_nhwc_apart<T, false>(p);
+  if (const auto kernel = shape_kernel<T>(p)) {
+    kernel(p);
   } else if (p.layout == Layout::nhwc) {
+    if (apart(p)) return indices ? backward_nhwc_apart<T, true>(p) : backward_nhwc_apart<T, false>(p);
     indices ? backward_nhwc<T, true>(p) : backward_nhwc<T, false>(p);
   } else if (!p.adaptive && side_by_side_2x2(p)) {
     indices ? backward_nchw_2x2<T, true>(p) : backward_nchw_2x2<T, false>(p);
@@ -684,8 +764,6 @@ void backward(const IndexPool2dParams& p) {
     backward_nchw_scatter<T, true>(p);
   } else if (apart(p)) {
     backward_nchw_apart<T>(p);
-  } else if (const auto strips = strips_kernel<T>(p.windows)) {
-    strips(p);
   } else {
     backward_nchw_scatter<T, false>(p);
   }

@@ -21,11 +21,15 @@ inline void store_choice_row(int_t<C>* p, ivec<C> v) {
   *reinterpret_cast<ivec<C>*>(p) = v;
 }
 
+// Whether kernels are compiled for common widths of windows too, their loops unrolled.
+template <class T>
+constexpr bool kWidths = !std::is_same_v<T, double> && (kVectorBytes > 16 || std::is_same_v<T, float>);
+
 // The best of each window's cells in one row. `first`: what a window without a cell above -Inf chooses. kWidth: kernel_w
 // where it is worth unrolling, else 0.
 template <class C, bool kPick, int kWidth>
-void best_of_row(const C* row, const int64_t* tap_at, int64_t kernel, int64_t step, const int_t<C>* first,
-                 int64_t width, C* values, int_t<C>* choices) {
+[[gnu::always_inline]] inline void best_of_row(const C* row, const int64_t* tap_at, int64_t kernel, int64_t step,
+                                               const int_t<C>* first, int64_t width, C* values, int_t<C>* choices) {
   using I = int_t<C>;
   const int64_t taps = kWidth ? kWidth : kernel;
   for (int64_t q = 0; q < width; q += lanes<C>) {
@@ -73,7 +77,7 @@ constexpr int64_t kHeldBytes = 16 << 10;
 
 // In two steps: the best of each row of a window, which the windows above and below it share, then the best of those; each
 // for as many rows as stay in L1.
-template <class T, bool kPick, int kWidth>
+template <class T, bool kPick>
 void forward_nchw(const MaxPool2dParams& p) {
   using C = compute_t<T>;
   using I = int_t<C>;
@@ -140,8 +144,17 @@ void forward_nchw(const MaxPool2dParams& p) {
         fetch(begin + kept);
         for (int64_t h = begin + kept; h < end; ++h) {
           fetch(h + 1);
-          best_of_row<C, kPick, kWidth>(s.cells + h % 2 * phases.size(), s.tap_at, v.kernel_w, steps.column, s.first,
-                                        width, s.rows + (h - begin) * width, s.choices + (h - begin) * width);
+          const auto find = [&](auto unrolled) __attribute__((always_inline)) {
+            best_of_row<C, kPick, decltype(unrolled)::value>(s.cells + h % 2 * phases.size(), s.tap_at, v.kernel_w,
+                                                             steps.column, s.first, width, s.rows + (h - begin) * width,
+                                                             s.choices + (h - begin) * width);
+          };
+          switch (kWidths<T> ? v.kernel_w : 0) {
+            case 2: find(std::integral_constant<int, 2>{}); break;
+            case 3: find(std::integral_constant<int, 3>{}); break;
+            case 5: find(std::integral_constant<int, 5>{}); break;
+            default: find(std::integral_constant<int, 0>{});
+          }
         }
         for (int64_t pp = group_from; pp < group_to; ++pp) {
           const int64_t top = pp * v.stride_h - v.pad_h;
@@ -251,33 +264,56 @@ void forward_nhwc(const MaxPool2dParams& p) {
   }
 }
 
-// The best of `taps` cells of a row, `pitch` apart, the first of which is tap `first`; choices are taps.
+// The best of the cells of windows [q0, q1) in row h of an image; choices are taps. kTaps: kernel_w where it is worth
+// unrolling, else 0.
 template <class T, bool kPick, int kTaps>
-[[gnu::always_inline]] inline void best_across(const T* x, int64_t pitch, int64_t first, int64_t taps, int64_t channels,
-                                               compute_t<T>* values, uint8_t* choices) {
+void best_across(const MaxPool2dParams& p, const T* image, int64_t h, int64_t q0, int64_t q1, compute_t<T>* values,
+                 uint8_t* choices) {
   using C = compute_t<T>;
-  const int64_t count = kTaps ? kTaps : taps;
-  const auto vectors = [&](int64_t c, int part) __attribute__((always_inline)) {
-    Best<C> best{load_n(x + c, part), ivec<C>{} + static_cast<int_t<C>>(first)};
+  const Windows& v = p.windows;
+  for (int64_t q = q0; q < q1; ++q) {
+    const int64_t left = q * v.stride_w - v.pad_w, s0 = max64(-left, 0), s1 = min64(v.kernel_w, p.w - left);
+    const T* const x = image + (h * p.w + left + s0) * p.c;
+    const int64_t to = q * p.c;
+    const auto vectors = [&](auto taps, int64_t c, int part) __attribute__((always_inline)) {
+      constexpr int kCount = decltype(taps)::value;
+      const int64_t count = kCount ? kCount : s1 - s0;
+      const int_t<C> first = static_cast<int_t<C>>(kCount ? 0 : s0);
+      Best<C> best{load_n(x + c, part), ivec<C>{} + first};
 #pragma GCC unroll 8
-    for (int64_t s = 1; s < count; ++s)
-      take<C, kPick>(best, load_n(x + s * pitch + c, part), ivec<C>{} + static_cast<int_t<C>>(first + s));
-    store_n(values + c, best.value, part);
-    if constexpr (kPick) store_u8_n<C>(choices + c, best.choice, part);
-  };
-  int64_t c = 0;
-  for (; c + lanes<C> <= channels; c += lanes<C>) vectors(c, lanes<C>);
-  if (c < channels) vectors(c, static_cast<int>(channels - c));
+      for (int64_t s = 1; s < count; ++s)
+        take<C, kPick>(best, load_n(x + s * p.c + c, part), ivec<C>{} + (first + static_cast<int_t<C>>(s)));
+      store_n(values + to + c, best.value, part);
+      if constexpr (kPick) store_u8_n<C>(choices + to + c, best.choice, part);
+    };
+    int64_t c = 0;
+    if (kTaps && s1 - s0 == kTaps)
+      for (; c + lanes<C> <= p.c; c += lanes<C>) vectors(std::integral_constant<int, kTaps>{}, c, lanes<C>);
+    for (; c + lanes<C> <= p.c; c += lanes<C>) vectors(std::integral_constant<int, 0>{}, c, lanes<C>);
+    if (c < p.c) vectors(std::integral_constant<int, 0>{}, c, static_cast<int>(p.c - c));
+  }
+}
+
+template <class T, bool kPick>
+auto best_across_for(int64_t taps) {
+  if constexpr (kWidths<T>) {
+    if (taps == 3) return best_across<T, kPick, 3>;
+    if (taps == 5) return best_across<T, kPick, 5>;
+  }
+  return best_across<T, kPick, 0>;
 }
 
 // Windows without dilation that share rows: the best of each window's cells in one row are kept, in L2, until the last of the
-// windows over that row.
-template <class T, bool kPick, int kKernel>
+// windows over that row. Those of the last row are taken up a few windows later, from L1.
+constexpr int64_t kAtOnce = 4;
+
+template <class T, bool kPick>
 void forward_nhwc_shared(const MaxPool2dParams& p) {
   using C = compute_t<T>;
   using I = int_t<C>;
   const Windows& v = p.windows;
-  const int64_t kernel = kKernel ? kKernel : v.kernel_h;
+  const int64_t kernel = v.kernel_h;
+  const auto across = best_across_for<T, kPick>(v.kernel_w);
   const Steps steps(p.mode, v, p.w);
   const bool stream = large_output<T>(p.n * p.c * p.h * p.w, p.n * p.c * p.p * p.q);
   // Rows are picked, not rounded: how many of them are found twice changes no result, so units may depend on the threads.
@@ -307,21 +343,13 @@ void forward_nhwc_shared(const MaxPool2dParams& p) {
     const Piece s = lay_out(Arena{static_cast<char*>(scratch.piece(omp_get_thread_num()))}, &ignored);
     const int64_t n = unit / units_each, from = unit % units_each * unit_rows, to = min64(from + unit_rows, p.p);
     const T* const image = static_cast<const T*>(p.x) + n * p.h * p.w * p.c;
-    const auto across = [&](int64_t h, int64_t q) __attribute__((always_inline)) {
-      const int64_t left = q * v.stride_w - v.pad_w, s0 = max64(-left, 0), s1 = min64(v.kernel_w, p.w - left);
-      const T* const x = image + (h * p.w + left + s0) * p.c;
-      const int64_t at = h % kernel * pitch + q * p.c;
-      if (kKernel && s1 - s0 == kKernel) {
-        best_across<T, kPick, kKernel>(x, p.c, 0, kKernel, p.c, s.values + at, s.choices + at);
-      } else {
-        best_across<T, kPick, 0>(x, p.c, s0, s1 - s0, p.c, s.values + at, s.choices + at);
-      }
-    };
     int64_t done = 0;  // the rows above are kept, or no longer needed
     for (int64_t pp = from; pp < to; ++pp) {
       const int64_t top = pp * v.stride_h - v.pad_h, h0 = max64(top, 0), h1 = min64(top + kernel, p.h);
-      for (int64_t h = max64(done, h0); h + 1 < h1; ++h)
-        for (int64_t q = 0; q < p.q; ++q) across(h, q);
+      for (int64_t h = max64(done, h0); h + 1 < h1; ++h) {
+        const int64_t slot = h % kernel * pitch;
+        across(p, image, h, 0, p.q, s.values + slot, s.choices + slot);
+      }
       const bool last_is_new = done < h1;
       done = h1;
       const int64_t rows = h1 - h0;
@@ -329,11 +357,13 @@ void forward_nhwc_shared(const MaxPool2dParams& p) {
       Ahead ahead = rows_of_next_windows(image, pp + 1, to, v.stride_h, v.pad_h, kernel, p.h, p.w * p.c, p.q);
       for (int64_t q = 0; q < p.q; ++q) {
         ahead.fetch();
-        if (last_is_new) across(h1 - 1, q);
+        if (last_is_new && q % kAtOnce == 0)
+          across(p, image, h1 - 1, q, min64(q + kAtOnce, p.q), s.values + s.row_at[rows - 1],
+                 s.choices + s.row_at[rows - 1]);
         const int64_t out = ((n * p.p + pp) * p.q + q) * p.c;
         const ivec<C> base = ivec<C>{} + static_cast<I>(top * p.w + q * v.stride_w - v.pad_w);
-        const auto vectors = [&](int64_t c, int part) __attribute__((always_inline)) {
-          const int64_t at = q * p.c + c;
+        const auto vectors = [&](auto known, int64_t c, int part) __attribute__((always_inline)) {
+          const int64_t at = q * p.c + c, count = decltype(known)::value ? decltype(known)::value : rows;
           const auto choice_of = [&](int64_t i) __attribute__((always_inline)) {
             ivec<C> choice = {};
             if constexpr (kPick) {
@@ -344,14 +374,16 @@ void forward_nhwc_shared(const MaxPool2dParams& p) {
             return choice;
           };
           Best<C> best{load_n(s.values + s.row_at[0] + at, part), choice_of(0)};
-          for (int64_t i = 1; i < rows; ++i)
+          for (int64_t i = 1; i < count; ++i)
             take<C, kPick>(best, load_n(s.values + s.row_at[i] + at, part), choice_of(i));
           store_output(static_cast<T*>(p.y) + out + c, best.value, part, stream);
           if constexpr (kPick) store_choice<C>(p.choice, p.mode, out + c, best.choice, base, part);
         };
         int64_t c = 0;
-        for (; c + lanes<C> <= p.c; c += lanes<C>) vectors(c, lanes<C>);
-        if (c < p.c) vectors(c, static_cast<int>(p.c - c));
+        if (kWidths<T> && rows == 3)
+          for (; c + lanes<C> <= p.c; c += lanes<C>) vectors(std::integral_constant<int, 3>{}, c, lanes<C>);
+        for (; c + lanes<C> <= p.c; c += lanes<C>) vectors(std::integral_constant<int, 0>{}, c, lanes<C>);
+        if (c < p.c) vectors(std::integral_constant<int, 0>{}, c, static_cast<int>(p.c - c));
       }
     }
     if (stream) end_streaming();
@@ -363,16 +395,10 @@ void forward_as(const MaxPool2dParams& p) {
   const Windows& v = p.windows;
   if (p.layout == Layout::nhwc) {
     const bool share = v.stride_h < v.kernel_h && v.dilation_h == 1 && v.dilation_w == 1 && v.kernel_w <= kNoOffset;
-    if (!share) return forward_nhwc<T, kPick>(p);
-    if (v.kernel_h == 3 && v.kernel_w == 3) return forward_nhwc_shared<T, kPick, 3>(p);
-    if (v.kernel_h == 5 && v.kernel_w == 5) return forward_nhwc_shared<T, kPick, 5>(p);
-    return forward_nhwc_shared<T, kPick, 0>(p);
+    return share ? forward_nhwc_shared<T, kPick>(p) : forward_nhwc<T, kPick>(p);
   }
   if (v.kernel_h >= 4 && v.stride_h > (v.kernel_h - 1) * v.dilation_h) return forward_nchw_tall<T, kPick>(p);
-  if (p.windows.kernel_w == 2) return forward_nchw<T, kPick, 2>(p);
-  if (p.windows.kernel_w == 3) return forward_nchw<T, kPick, 3>(p);
-  if (p.windows.kernel_w == 5) return forward_nchw<T, kPick, 5>(p);
-  forward_nchw<T, kPick, 0>(p);
+  forward_nchw<T, kPick>(p);
 }
 
 template <class T>

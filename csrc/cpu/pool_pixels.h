@@ -17,6 +17,17 @@ bool large_output(int64_t in, int64_t out) {
   return out * size >= kLargeProduct && (in + out) * size >= kLargeImage;
 }
 
+// Copies around the caches, lines whole where `to` begins one.
+template <class T>
+void stream_copy(T* to, const T* from, int64_t count) {
+  constexpr int64_t kVector = lanes<float> * static_cast<int64_t>(sizeof(float) / sizeof(T));
+  int64_t i = 0;
+  if constexpr (sizeof(T) <= sizeof(float))
+    for (; i + kVector <= count; i += kVector)
+      store_streaming(reinterpret_cast<float*>(to + i), load(reinterpret_cast<const float*>(from + i)));
+  std::memcpy(static_cast<void*>(to + i), from + i, static_cast<size_t>(count - i) * sizeof(T));
+}
+
 // Bytes to have in L2 soon, fetched in equal shares.
 class Ahead {
  public:

@@ -38,6 +38,26 @@ PyObject* undisturbed(PyObject*, PyObject* const*, Py_ssize_t) {
   Py_RETURN_TRUE;
 }
 
+// The gradient that `function`, one of those that end in _direct, computes of dy, the tensors saved for it, its further
+// arguments and threads: -> (dx, None), which autograd wants of a function of two arguments, or None where it refuses.
+PyObject* gradient(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return attempt([&]() -> PyObject* {
+    constexpr Py_ssize_t kMost = 16;
+    if (count != 5) return nullptr;
+    PyObject* all[kMost] = {args[1]};
+    Py_ssize_t size = 1;
+    for (PyObject* const tuple : {args[2], args[3]}) {
+      if (!PyTuple_CheckExact(tuple) || size + PyTuple_GET_SIZE(tuple) >= kMost) return nullptr;
+      for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuple); ++i) all[size++] = PyTuple_GET_ITEM(tuple, i);
+    }
+    all[size++] = args[4];
+    const auto made =
+        py::reinterpret_steal<py::object>(PyObject_Vectorcall(args[0], all, static_cast<size_t>(size), nullptr));
+    if (!made || made.is_none()) return nullptr;
+    return PyTuple_Pack(2, made.ptr(), Py_None);
+  });
+}
+
 }  // namespace
 
 bool tensor(PyObject* object, Tensor& out, int ndim) {
@@ -166,6 +186,9 @@ void bind_direct(py::module_& m) {
       },
       py::arg("questions"), "The functions without arguments that undisturbed() asks.");
   direct::define(m, "undisturbed", &direct::undisturbed, "undisturbed() -> bool");
+  direct::define(
+      m, "gradient_direct", &direct::gradient,
+      "gradient_direct(function: object, dy: torch.Tensor, saved: tuple, arguments: tuple, threads: int) -> object");
 }
 
 }  // namespace cnnops

@@ -22,7 +22,8 @@ void forward(const Tensor& y, const Tensor& indices, const Tensor& x, int thread
   expect_layout(op, {"indices", &indices}, DType::i64, p.layout, x.place);
   CNNOPS_CHECK(p.h > 0 && p.w > 0 && p.p > 0 && p.q > 0, std::invalid_argument, op, ": images must not be empty");
   CNNOPS_CHECK(p.h <= kMaxPlane / p.w, std::invalid_argument, op, ": images of ", p.h, " x ", p.w, " are too large");
-  p.x = x.data, p.y = y.data, p.indices = static_cast<int64_t*>(indices.data), p.threads = threads;
+  p.x = x.data, p.y = y.data, p.indices = static_cast<int64_t*>(indices.data);
+  p.threads = threads_for(x.numel(), threads);
   run(table<AdaptiveMaxPool2dParams>(), "forward", x, p, kernel);
 }
 

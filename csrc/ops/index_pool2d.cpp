@@ -36,7 +36,7 @@ IndexPool2dParams validate(const char* op, const Tensor& in, const Tensor& out, 
   p.windows = windows(op, *kernel, stride, padding, dilation, {p.h, p.w}, p.adaptive ? Pair{1, 1} : Pair{p.p, p.q});
   CNNOPS_CHECK(p.mode != Choice::offsets || p.windows.kernel_h * p.windows.kernel_w <= kNoOffset, std::invalid_argument,
                op, ": a kernel of ", p.windows.kernel_h, " x ", p.windows.kernel_w, " needs int64 indices");
-  p.in = in.data, p.out = out.data, p.choice = choice.data, p.threads = threads;
+  p.in = in.data, p.out = out.data, p.choice = choice.data, p.threads = threads_for(dx.numel(), threads);
   return p;
 }
 

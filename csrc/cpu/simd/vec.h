@@ -222,6 +222,35 @@ template <class C, int N = lanes<C>>
   }
 }
 
+// Floats in float64. By intrinsics: g++ 12 converts such vectors by halves.
+using HalfFloats = VectorOf<float, lanes<double>>::type;
+[[gnu::always_inline]] inline vec<double> in_float64(HalfFloats v) {
+#if CNNOPS_ISA_avx512
+  return reinterpret_cast<vec<double>>(_mm512_cvtps_pd(reinterpret_cast<__m256>(v)));
+#else
+  return __builtin_convertvector(v, vec<double>);
+#endif
+}
+// v in float64, its upper half added to its lower one.
+[[gnu::always_inline]] inline vec<double> folded(vec<double> v) { return v; }
+[[gnu::always_inline]] inline vec<double> folded(vec<float> v) {
+  HalfFloats half[2];
+  std::memcpy(half, &v, sizeof half);
+  return in_float64(half[0]) + in_float64(half[1]);
+}
+// The first n elements in float64, as load_n.
+[[gnu::always_inline]] inline vec<double> load_float64_n(const double* p, int n) { return load_n(p, n); }
+[[gnu::always_inline]] inline vec<double> load_float64_n(const float* p, int n) {
+  if (n >= lanes<double>) return in_float64(*reinterpret_cast<const HalfFloats*>(p));
+#if CNNOPS_ISA_avx512
+  return reinterpret_cast<vec<double>>(_mm512_cvtps_pd(_mm256_maskz_loadu_ps((1u << n) - 1, p)));
+#else
+  float buffer[lanes<double>] = {};
+  for (int i = 0; i < n; ++i) buffer[i] = p[i];
+  return in_float64(*reinterpret_cast<const HalfFloats*>(buffer));
+#endif
+}
+
 // Lanes of one byte, as ivec<C> and back (cut to 8 bits); the first n, as load_n and store_n. By intrinsics: g++ 12 takes
 // such vectors apart byte by byte.
 template <class C>

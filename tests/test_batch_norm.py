@@ -189,7 +189,7 @@ def test_sums_lose_few_digits(
         return float((got - right).square().mean().sqrt() / right.square().mean().sqrt())
 
     # Rows of float32 are summed in float32, planes in float64; sums of 16-bit numbers need no more than float32.
-    assert error(mean, exact) < (1.7e-7 if layout == "nhwc" and dtype == torch.float32 else 5e-8)
+    assert error(mean, exact) < (2.2e-7 if layout == "nhwc" and dtype == torch.float32 else 5e-8)
     assert error(var, squares) < 1.2e-7
     assert error(dbias, dy.double().sum((0, 2, 3))) < 1.7e-7
     assert error(dweight, (dy.double() * deviation).sum((0, 2, 3)) * invstd) < 1.9e-7

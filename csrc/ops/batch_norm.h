@@ -17,13 +17,13 @@
 //
 // Statistics are accurate for any mean and deviation. A piece of a plane of float32 is summed in float64 for its mean,
 // then the squares of the deviations from that. Rows, and planes of 16-bit numbers, are summed once: the beginning of each
-// block (a quarter of its rows or more; a 32nd of a piece of a plane or more) gives a guess of its mean, then the
-// deviations from that and their squares are added up. Sums in the compute type are of 16 terms for each lane of a vector
-// (of rows, of eight, of which at most 16 are added up); all else is added in float64 in a fixed order. A guess of 16-bit
-// numbers has hardly more bits than they, so that deviations from it are exact; one that misses by k deviations costs
-// 1 + k k roundings of the variance, and k k is less than the block's size over that of its beginning. The mean is not
-// rounded to the compute type where it is subtracted. NaN and Inf flow by IEEE arithmetic into all elements of their
-// channel.
+// block (a quarter of its rows or more; a 32nd of a piece of a plane or more) gives a guess of
+// its mean, then the deviations from that and their squares are added up. Sums in the compute type are of 16 terms for each
+// lane of a vector (of rows, of four, of which at most 32 are added up); all else but the halving of a vector's lanes is
+// added in float64, in a fixed order. A guess of 16-bit numbers has hardly more bits than they, so that deviations from it
+// are exact; one that misses by k deviations costs 1 + k k roundings of the variance, and k k is less than the block's size
+// over that of its beginning. The mean is not rounded to the compute type where it is subtracted. NaN and Inf flow by IEEE
+// arithmetic into all elements of their channel.
 #pragma once
 
 #include "common/activation.h"

@@ -12,6 +12,7 @@ from place import DEVICE
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from cnnops._lib import C
 from cnnops.functional import batch_norm
 from cnnops.ops import _activation
 
@@ -154,6 +155,44 @@ def test_large_mean_keeps_its_digits(format: torch.memory_format) -> None:
     dy = torch.randn(8, 5, 40, 40)
     (dx,), (right,) = torch.autograd.grad(y, x, dy), torch.autograd.grad(expected, truth, dy.double())
     assert (dx - right).abs().max() < 1e-5
+
+
+# Relative, root mean squares; rounding to float32 alone gives 2.5e-8. Sums whose terms cancel show what else is lost.
+@pytest.mark.skipif(DEVICE != "cpu", reason="kernels for the CPU")
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("offset", [0, 100])
+@pytest.mark.parametrize(("channels", "size"), [(64, 112), (256, 14)])
+def test_sums_lose_few_digits(
+    isa: str, dtype: torch.dtype, layout: str, offset: float, channels: int, size: int
+) -> None:
+    rows = {k["pass"]: k for k in C.kernels() if (k["op"], k["isa"], k["dtype"]) == ("batch_norm", isa, str(dtype)[6:])}
+    if not rows["training"]["usable"]:
+        pytest.skip(f"{isa} cannot be used on this machine")
+    format = torch.contiguous_format if layout == "nchw" else torch.channels_last
+    x, dy = ((torch.randn(1, channels, size, size) + o).to(dtype).contiguous(memory_format=format) for o in (offset, 0))
+    mean, var = (torch.empty(channels, dtype=torch.float64) for _ in range(2))
+    weight, dweight, dbias = torch.ones(channels), torch.empty(channels), torch.empty(channels)
+    y, dx = torch.empty_like(x), torch.empty_like(x)
+    C.batch_norm_forward(y, mean, var, x, weight, None, None, True, 1e-5, 0, 2, rows["training"]["row"])
+    C.batch_norm_backward(
+        dx, dweight, dbias, None, dy, x, None, None, mean, var, weight, None, True, 1e-5, 0, 2, rows["backward"]["row"]
+    )
+    exact = x.double().mean((0, 2, 3))
+    deviation = x.double() - exact[:, None, None]
+    exact = exact + deviation.mean((0, 2, 3))
+    squares = deviation.square().mean((0, 2, 3))
+    invstd = (squares + 1e-5).rsqrt()
+
+    def error(got: Tensor, right: Tensor) -> float:
+        return float((got - right).square().mean().sqrt() / right.square().mean().sqrt())
+
+    # Rows of float32 are summed in float32, planes in float64; sums of 16-bit numbers need no more than float32.
+    assert error(mean, exact) < (2.2e-7 if layout == "nhwc" and dtype == torch.float32 else 5e-8)
+    assert error(var, squares) < 1.2e-7
+    assert error(dbias, dy.double().sum((0, 2, 3))) < 1.7e-7
+    assert error(dweight, (dy.double() * deviation).sum((0, 2, 3)) * invstd) < 1.9e-7
 
 
 def test_constant_channel_has_no_variance() -> None:

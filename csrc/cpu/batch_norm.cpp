@@ -210,13 +210,6 @@ void set_gradients(const BatchNormParams& p, const BatchNormPlan& plan, const Wo
 
 // ---------------------------------------------------------------------------------------------------------------- sums
 
-// Four partial vectors, added at the end.
-template <class C>
-struct Sum {
-  vec<C> part[4] = {};
-  double total() const { return sum_lanes<C>((part[0] + part[1]) + (part[2] + part[3])); }
-};
-
 // Calls f(element, lanes, which of four accumulators) over n elements. `lanes` is a constant but in the last call.
 template <class C, class Function>
 [[gnu::always_inline]] inline void sweep(int64_t n, const Function& f) {
@@ -241,6 +234,32 @@ template <class C, class Function>
   if (i < n) f(i, static_cast<int>(n - i), 3);
 }
 
+// Sums over n elements, in float64: of runs of them in the compute type, in four vectors. f(element, lanes, sums) adds to
+// its vectors sums[0], ..., which are one of the four.
+template <class C, int kSums, class Function>
+[[gnu::always_inline]] inline void sum_up(int64_t n, double (&sums)[kSums], const Function& f) {
+  constexpr int64_t kRun = 64 * lanes<C>;
+  vec<C> run[4][kSums];
+  const auto add = [&](int64_t from) CNNOPS_INLINE {
+    for (int k = 0; k < 4; ++k)
+      for (int s = 0; s < kSums; ++s) run[k][s] = vec<C>{};
+    sweep<C>(min64(n - from, kRun), [&](int64_t i, int part, int k) CNNOPS_INLINE { f(from + i, part, run[k]); });
+    for (int s = 0; s < kSums; ++s) run[0][s] = (run[0][s] + run[1][s]) + (run[2][s] + run[3][s]);
+  };
+  if constexpr (kSums == 2) {
+    if (n <= kRun) {  // the sums of short planes' lanes are much of their time
+      add(0);
+      return sum_lanes_of_both<C>(run[0][0], run[0][1], sums);
+    }
+  }
+  vec<double> total[kSums] = {};
+  for (int64_t from = 0; from < n; from += kRun) {
+    add(from);
+    for (int s = 0; s < kSums; ++s) total[s] += folded(run[0][s]);
+  }
+  for (int s = 0; s < kSums; ++s) sums[s] = sum_lanes<double>(total[s]);
+}
+
 // Calls f(element, column of the coefficients, lanes) for the vectors of a block, row by row.
 template <class C, class Function>
 [[gnu::always_inline]] inline void for_vectors(const Block& block, const Function& f) {
@@ -250,54 +269,82 @@ template <class C, class Function>
   }
 }
 
-// Tiles cross many rows, which no prefetcher follows: each tile asks for the next one.
+// Rows that are added up together. Of 8, which spares more loads and stores of the sums, memory is read 1.06 times as
+// slowly: prefetchers follow few rows at a time.
+constexpr int kTogether = 4;
+
+// Prefetchers lose their way among rows: each tile asks for the next but one.
 template <class T>
-[[gnu::always_inline]] inline void fetch(const void* image, int64_t i) {
-  __builtin_prefetch(static_cast<const T*>(image) + i);
+[[gnu::always_inline]] inline void fetch(const void* image, int64_t i, int64_t stride) {
+  __builtin_prefetch(static_cast<const T*>(image) + i + 2 * kTogether * stride);
 }
 
-// How much of a block its mean is first guessed from. A piece of a plane of 16-bit numbers costs more to read twice
-// than the digits are worth that a bad guess takes from its variance.
-template <class T>
-constexpr int64_t kGuessElements = sizeof(T) == 2 ? 256 : BatchNormPlan::kPiece;
+// How much of a block its mean is first guessed from; the deviations from the guess also correct it. Where a piece of a
+// plane is summed twice, the first sum is one of float64, and the mean: between large terms that cancel, all digits count.
 constexpr int64_t kGuessRows = 32;
+int64_t guess_elements(int64_t of) { return min64(round_up(min64(of / 16, 255) + 1, 16), of); }
+
+// A guess that has few bits leaves the deviations of 16-bit numbers exact, and sums of them nearly so.
+template <class T>
+[[gnu::always_inline]] inline vec<compute_t<T>> rounded_to(vec<compute_t<T>> guess) {
+  if constexpr (sizeof(T) != 2) return guess;
+  T rounded[lanes<compute_t<T>>];
+  store(rounded, guess);
+  return load(rounded);
+}
+
+// What float64 must be larger by than a number to keep just a bit more of it than T does.
+template <class T>
+constexpr double kCoarse = std::is_same_v<T, bf16> ? double(int64_t{1} << 44) : double(int64_t{1} << 41);
 
 template <class T>
 [[gnu::noinline]] void piece_statistics(const T* x, const Block& pieces, const Workspace<compute_t<T>>& work) {
   using C = compute_t<T>;
-  const int64_t n = pieces.columns, some = min64(n, kGuessElements<T>);
-  const double reciprocal = 1 / static_cast<double>(n);
-  C guess[kGroup];
+  constexpr bool kOnce = sizeof(T) == 2;
+  const int64_t n = pieces.columns, some = guess_elements(n);
+  const double count = static_cast<double>(n), reciprocal = 1 / count, some_reciprocal = 1 / static_cast<double>(some);
+  double means[kGroup];
   for (int64_t r = 0; r < pieces.rows; ++r) {
     const T* const from = x + pieces.begin + r * pieces.stride;
-    Sum<C> sum;
-    sweep<C>(some, [&](int64_t i, int part, int k) CNNOPS_INLINE { sum.part[k] += load_n(from + i, part); });
-    guess[r] = static_cast<C>(sum.total() / static_cast<double>(some));
+    if constexpr (kOnce) {
+      double sums[2];
+      sum_up<C>(some, sums, [&](int64_t i, int part, vec<C>* to) CNNOPS_INLINE {
+        const vec<C> v = load_n(from + i, part);
+        to[0] += v;
+        to[1] += v < vec<C>{} ? -v : v;
+      });
+      // To a multiple of the spacing of T's numbers where they are as large as these.
+      const double mean = sums[0] * some_reciprocal, coarse = sums[1] * some_reciprocal * kCoarse<T>;
+      means[r] = (mean + coarse) - coarse;
+    } else {
+      vec<double> sum[4] = {};
+      sweep<double>(n, [&](int64_t i, int part, int k) CNNOPS_INLINE { sum[k] += load_float64_n(from + i, part); });
+      means[r] = sum_lanes<double>((sum[0] + sum[1]) + (sum[2] + sum[3])) * reciprocal;
+    }
   }
-  // The deviations from the guess also correct it.
   for (int64_t r = 0; r < pieces.rows; ++r) {
     const T* const from = x + pieces.begin + r * pieces.stride;
-    const vec<C> about = set1<C>(guess[r]);
-    Sum<C> first, second;
-    sweep<C>(n, [&](int64_t i, int part, int k) CNNOPS_INLINE {
+    const C guess = static_cast<C>(means[r]);
+    const vec<C> about = set1<C>(guess);
+    double sums[kOnce ? 2 : 1];
+    sum_up<C>(n, sums, [&](int64_t i, int part, vec<C>* to) CNNOPS_INLINE {
       const vec<C> d = keep_n<C>(load_n(from + i, part) - about, part);
-      first.part[k] += d;
-      second.part[k] = fma(d, d, second.part[k]);
+      to[0] = fma(d, d, to[0]);
+      if constexpr (kOnce) to[1] += d;
     });
-    const double e = first.total() * reciprocal;
-    work.first[pieces.partial + r] = guess[r] + e;
-    work.second[pieces.partial + r] = second.total() - e * e * static_cast<double>(n);
+    const double e = kOnce ? sums[kOnce] * reciprocal : means[r] - guess;
+    work.first[pieces.partial + r] = guess + e;
+    work.second[pieces.partial + r] = sums[0] - e * e * count;
   }
 }
 
-// Adds rows to accumulators in memory, eight at a time: f(row, rows, column, lanes, sums), where `rows` is a constant.
+// Adds rows to accumulators in memory, kTogether at a time: f(row, rows, column, lanes, sums), where `rows` is a constant.
 template <class C, int kSums, class Function>
 [[gnu::always_inline]] inline void add_rows(const Block& block, C (*sums)[kColumns], const Function& f) {
   const auto columns = [&](int64_t row, auto rows, int64_t j, int part) CNNOPS_INLINE {
-    vec<C> total[kSums];
-    for (int k = 0; k < kSums; ++k) total[k] = load(sums[k] + j);
+    vec<C> total[kSums] = {};  // of their own first: sums of fewer terms have smaller errors
     f(row, rows, j, part, total);
-    for (int k = 0; k < kSums; ++k) store(sums[k] + j, total[k]);
+    for (int k = 0; k < kSums; ++k) store(sums[k] + j, load(sums[k] + j) + total[k]);
   };
   const auto across = [&](int64_t row, auto rows) CNNOPS_INLINE {
     int64_t j = 0;
@@ -305,7 +352,7 @@ template <class C, int kSums, class Function>
     if (j < block.columns) columns(row, rows, j, static_cast<int>(block.columns - j));
   };
   int64_t row = 0;
-  for (; row + 8 <= block.rows; row += 8) across(row, std::integral_constant<int, 8>{});
+  for (; row + kTogether <= block.rows; row += kTogether) across(row, std::integral_constant<int, kTogether>{});
   for (; row < block.rows; ++row) across(row, std::integral_constant<int, 1>{});
 }
 
@@ -327,14 +374,15 @@ template <class T>
         total[0] += load_n(x + block.begin + (row + r) * block.stride + j, part);
     });
     const C reciprocal = 1 / static_cast<C>(some.rows);
-    for (int64_t j = 0; j < at.columns; ++j) guess[0][j] *= reciprocal;
+    for (int64_t j = 0; j < at.columns; j += lanes<C>)
+      store(guess[0] + j, rounded_to<T>(load(guess[0] + j) * reciprocal));
   });
   for_blocks(plan, at.row_block, at.first, at.columns, [&](const Block& block) CNNOPS_INLINE {
     add_rows<C, 2>(block, sums, [&](int64_t row, auto rows, int64_t j, int part, vec<C>* total) CNNOPS_INLINE {
       const vec<C> about = load(guess[0] + j);
       for (int r = 0; r < decltype(rows)::value; ++r) {
         const int64_t i = block.begin + (row + r) * block.stride + j;
-        fetch<T>(x, i + decltype(rows)::value * block.stride);
+        fetch<T>(x, i, block.stride);
         const vec<C> d = keep_n<C>(load_n(x + i, part) - about, part);
         total[0] += d;
         total[1] = fma(d, d, total[1]);
@@ -617,12 +665,12 @@ template <Kind kKind, class T>
   for (int64_t r = 0; r < all.rows; ++r) {
     const int64_t begin = all.begin + r * all.stride, c = all.column + r;
     const V m = set1<C>(work.m[c]), a = set1<C>(work.a[c]), b = set1<C>(work.b[c]);
-    Sum<C> sum, dot;
-    sweep<C>(all.columns, [&](int64_t i, int part, int k) CNNOPS_INLINE {
-      add_gradient<kKind, T>(p, begin + i, part, m, a, b, sum.part[k], dot.part[k]);
+    double sums[2];
+    sum_up<C>(all.columns, sums, [&](int64_t i, int part, V* to) CNNOPS_INLINE {
+      add_gradient<kKind, T>(p, begin + i, part, m, a, b, to[0], to[1]);
     });
-    work.first[all.partial + r] = sum.total();
-    work.second[all.partial + r] = dot.total();
+    work.first[all.partial + r] = sums[0];
+    work.second[all.partial + r] = sums[1];
   }
 }
 
@@ -639,9 +687,9 @@ template <Kind kKind, class T>
       const int64_t k = block.column + j;
       const V m = load_n(work.m + k, part), a = load_n(work.a + k, part), b = load_n(work.b + k, part);
       for (int r = 0; r < decltype(rows)::value; ++r) {
-        const int64_t i = block.begin + (row + r) * block.stride + j, next = i + decltype(rows)::value * block.stride;
-        fetch<T>(p.x, next);
-        fetch<T>(p.dy, next);
+        const int64_t i = block.begin + (row + r) * block.stride + j;
+        fetch<T>(p.x, i, block.stride);
+        fetch<T>(p.dy, i, block.stride);
         add_gradient<kKind, T>(p, i, part, m, a, b, total[0], total[1]);
       }
     });

@@ -222,6 +222,55 @@ template <class C, int N = lanes<C>>
   }
 }
 
+// Floats in float64. By intrinsics: g++ 12 converts such vectors by halves.
+using HalfFloats = VectorOf<float, lanes<double>>::type;
+[[gnu::always_inline]] inline vec<double> in_float64(HalfFloats v) {
+#if CNNOPS_ISA_avx512
+  return reinterpret_cast<vec<double>>(_mm512_cvtps_pd(reinterpret_cast<__m256>(v)));
+#else
+  return __builtin_convertvector(v, vec<double>);
+#endif
+}
+// v in float64, its upper half added to its lower one.
+[[gnu::always_inline]] inline vec<double> folded(vec<double> v) { return v; }
+[[gnu::always_inline]] inline vec<double> folded(vec<float> v) {
+  HalfFloats half[2];
+  std::memcpy(half, &v, sizeof half);
+  return in_float64(half[0]) + in_float64(half[1]);
+}
+// The sums of a's and b's lanes, in fewer steps than one by one; the last four lanes of each in float64.
+template <class C>
+[[gnu::always_inline]] inline void sum_lanes_of_both(vec<C> a, vec<C> b, double* sums) {
+  if constexpr (lanes<C> == 2) {
+    sums[0] = a[0] + a[1], sums[1] = b[0] + b[1];
+  } else {
+    using Four = typename VectorOf<C, 4>::type;
+    using Doubles = VectorOf<double, 4>::type;
+    constexpr int kFours = lanes<C> / 4;
+    Four of_a[kFours], of_b[kFours];
+    std::memcpy(of_a, &a, sizeof a), std::memcpy(of_b, &b, sizeof b);
+    for (int half = kFours / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) of_a[i] += of_a[i + half], of_b[i] += of_b[i + half];
+    const Doubles last_a = __builtin_convertvector(of_a[0], Doubles),
+                  last_b = __builtin_convertvector(of_b[0], Doubles);
+    const Doubles halves =
+        __builtin_shufflevector(last_a, last_b, 0, 4, 2, 6) + __builtin_shufflevector(last_a, last_b, 1, 5, 3, 7);
+    sums[0] = halves[0] + halves[2], sums[1] = halves[1] + halves[3];
+  }
+}
+// The first n elements in float64, as load_n.
+[[gnu::always_inline]] inline vec<double> load_float64_n(const double* p, int n) { return load_n(p, n); }
+[[gnu::always_inline]] inline vec<double> load_float64_n(const float* p, int n) {
+  if (n >= lanes<double>) return in_float64(*reinterpret_cast<const HalfFloats*>(p));
+#if CNNOPS_ISA_avx512
+  return reinterpret_cast<vec<double>>(_mm512_cvtps_pd(_mm256_maskz_loadu_ps((1u << n) - 1, p)));
+#else
+  float buffer[lanes<double>] = {};
+  for (int i = 0; i < n; ++i) buffer[i] = p[i];
+  return in_float64(*reinterpret_cast<const HalfFloats*>(buffer));
+#endif
+}
+
 // Lanes of one byte, as ivec<C> and back (cut to 8 bits); the first n, as load_n and store_n. By intrinsics: g++ 12 takes
 // such vectors apart byte by byte.
 template <class C>

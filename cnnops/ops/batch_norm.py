@@ -85,10 +85,12 @@ def _save(
     )  # fmt: skip
 
 
-def _gradients(ctx: Any, dy: Tensor | None, x_at: int, weight_at: int) -> tuple[Any, Any, Any, Any]:
+def _gradients(
+    ctx: Any, dy: Tensor | None, x_at: int, weight_at: int, saved: tuple[Any, ...] | None = None
+) -> tuple[Any, Any, Any, Any]:
     if dy is None:
         return None, None, None, None
-    x, y, residual, mean, var, weight, bias = ctx.saved_tensors
+    x, y, residual, mean, var, weight, bias = ctx.saved_tensors if saved is None else saved
     training, eps, activation = ctx.arguments
     needs = ctx.needs_input_grad
     wants = [needs[x_at], *needs[weight_at : weight_at + 3]]
@@ -269,11 +271,12 @@ def _recorder(name: str, training: bool) -> Callable[..., Tensor]:
         return y
 
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors  # once: checkpoints unpack no tensor twice
         if dy is not None and not torch.is_grad_enabled() and direct():
-            made = C.batch_norm_gradients_direct(ctx, dy, threads())
+            made = C.batch_norm_gradients_direct(ctx, dy, saved, threads())
             if made is not None:
                 return made
-        return *_gradients(ctx, dy, 0, 1), None, None, None
+        return *_gradients(ctx, dy, 0, 1, saved), None, None, None
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return applier(type(name, (torch.autograd.Function,), members))

@@ -268,20 +268,22 @@ PyObject* backward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
-// The same from the context of autograd: what its backward function returns, or None.
+// The same from the context of autograd and its saved tensors, which may be read only once: what the backward function
+// returns, or None.
 PyObject* gradients_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  static PyObject* const saved_name = PyUnicode_InternFromString("saved_tensors");
   static PyObject* const needs_name = PyUnicode_InternFromString("needs_input_grad");
   static PyObject* const arguments_name = PyUnicode_InternFromString("arguments");
   return direct::attempt([&]() -> PyObject* {
-    if (count != 3) return nullptr;
-    const auto attribute = [&](PyObject* name, Py_ssize_t size) {
-      auto value = py::reinterpret_steal<py::object>(PyObject_GetAttr(args[0], name));
+    if (count != 4) return nullptr;
+    const auto tuple = [](py::object value, Py_ssize_t size) {
       const bool fits = value && PyTuple_CheckExact(value.ptr()) && PyTuple_GET_SIZE(value.ptr()) == size;
       return fits ? value : py::object();
     };
-    const py::object saved = attribute(saved_name, 7), needs = attribute(needs_name, 7);
-    const py::object arguments = attribute(arguments_name, 3);
+    const auto attribute = [&](PyObject* name) {
+      return py::reinterpret_steal<py::object>(PyObject_GetAttr(args[0], name));
+    };
+    const py::object saved = tuple(py::reinterpret_borrow<py::object>(args[2]), 7);
+    const py::object needs = tuple(attribute(needs_name), 7), arguments = tuple(attribute(arguments_name), 3);
     if (!saved || !needs || !arguments) return nullptr;
     const auto at = [](const py::object& tuple, Py_ssize_t i) { return PyTuple_GET_ITEM(tuple.ptr(), i); };
     Given given{args[1],
@@ -292,7 +294,7 @@ PyObject* gradients_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
                 at(arguments, 1),
                 at(arguments, 0),
                 at(arguments, 2),
-                args[2],
+                args[3],
                 {}};
     bool any = false;
     for (int i = 0; i < 4; ++i) any |= given.wants[i] = at(needs, i) == Py_True;
@@ -316,8 +318,9 @@ void bind_batch_norm(py::module_& m) {
                  "residual: torch.Tensor | None, mean: torch.Tensor, var: torch.Tensor, weight: torch.Tensor | None, "
                  "bias: torch.Tensor | None, training: bool, eps: float, activation: int, wants: list[bool], "
                  "threads: int) -> object");
-  direct::define(m, "batch_norm_gradients_direct", &gradients_direct,
-                 "batch_norm_gradients_direct(context: object, dy: torch.Tensor, threads: int) -> object");
+  direct::define(
+      m, "batch_norm_gradients_direct", &gradients_direct,
+      "batch_norm_gradients_direct(context: object, dy: torch.Tensor, saved: tuple, threads: int) -> object");
   m.def("batch_norm_forward", &forward, "y"_a, "mean"_a, "var"_a, "x"_a, "weight"_a, "bias"_a, "residual"_a,
         "training"_a, "eps"_a, "activation"_a, "threads"_a, "kernel"_a = kSelect);
   m.def("batch_norm_backward", &backward, "dx"_a, "dweight"_a, "dbias"_a, "dresidual"_a, "dy"_a, "x"_a, "y"_a,

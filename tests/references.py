@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cnnops._lib import C
 
+GUARD = 64  # elements before and after an output
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 PROBLEMS: dict[tuple[str, str], list[Callable[[torch.dtype, int], Check]]] = {}
 
@@ -56,6 +57,10 @@ class Check:
 
     def verify(self) -> None:
         """The error is at most 4 roundings of the storage type, and of float32 arithmetic over the terms."""
+        if self.got.storage_offset() == GUARD:
+            whole = self.got.as_strided((self.got.numel() + 2 * GUARD,), (1,), 0)
+            around = torch.cat((whole[:GUARD], whole[-GUARD:]))
+            assert torch.equal(around, torch.full_like(around, 1234.0)), "written beyond the output's ends"
         got, expected = self.got.double(), self.expected.double()
         magnitude = expected.abs() if self.magnitude is None else self.magnitude.double()
         compute = torch.float64 if self.got.dtype == torch.float64 else torch.float32
@@ -82,14 +87,19 @@ def problem(op: str, pass_: str) -> Callable[[Callable[..., Iterator[Callable]]]
 
 
 def randn(*shape: int, dtype: torch.dtype, format: str = "nchw") -> Tensor:
+    if format == "turned":  # columns are farther apart than rows
+        return randn(*shape[:2], shape[3], shape[2], dtype=dtype).transpose(2, 3)
     x = torch.randn(shape, dtype=torch.float64).to(dtype)
     return x.contiguous(memory_format=FORMATS[format]) if x.dim() == 4 else x
 
 
 def empty(*shape: int, dtype: torch.dtype, format: str = "nchw") -> Tensor:
-    """An output, filled with a value that no test expects, so that an element left out is seen."""
-    out = torch.full(shape, 1234.0, dtype=dtype)
-    return out.contiguous(memory_format=FORMATS[format]) if out.dim() == 4 else out
+    """An output, filled and surrounded with a value that no test expects, so that an element left out is seen, and one
+    written beyond its ends."""
+    like = torch.empty(shape, device="meta")
+    like = like.contiguous(memory_format=FORMATS[format]) if like.dim() == 4 else like
+    whole = torch.full((like.numel() + 2 * GUARD,), 1234.0, dtype=dtype)
+    return whole.as_strided(shape, like.stride(), GUARD)
 
 
 AVG_POOLS = (
@@ -455,7 +465,7 @@ CONVOLUTIONS = (
 )
 
 
-WEIGHT_FORMATS = (None, "nchw", None, "nhwc", None)  # None: the image's
+WEIGHT_FORMATS = (None, "nchw", None, "nhwc", None, "turned")  # None: the image's
 
 
 def _convolutions(run: Callable[..., Check], **variants: tuple) -> Iterator[Callable]:

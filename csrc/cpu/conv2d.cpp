@@ -26,9 +26,10 @@
 namespace cnnops::CNNOPS_ISA {
 namespace {
 
-constexpr int64_t kChunk = 128;         // NCHW: reduction terms between two visits of the accumulators
-constexpr int64_t kChunkNhwc = 256;     // channels_last, where 128 ran 0.9 to 1.0 times as fast
-constexpr int64_t kFlush = 32;          // terms of a sum in NCHW, where PyTorch's own error is the lower one
+constexpr int64_t kChunk = 128;      // reduction terms between two visits of the accumulators in memory
+constexpr int64_t kChunkNhwc = 256;  // the same in channels_last, where 128 ran 0.9 to 1.0 times as fast
+constexpr int64_t kFlush = 32;       // terms of a running sum in NCHW, where PyTorch's own error is the lower one
+constexpr int64_t kFlushNhwc = 128;
 constexpr int64_t kTapChannels = 48;    // channels_last: so many channels of one tap are a chunk that needs no packing
 constexpr int64_t kBlockPixels = 192;   // with kChunk: 196 KB of packed float32 pixels
 constexpr int64_t kBlockFilters = 256;  // with kBlockPixels: 196 KB of accumulators
@@ -456,7 +457,7 @@ void compute_block(const Problem<T>& g, const Panels<compute_t<T>>& panels, cons
           if constexpr (__is_same(T, C)) {
             if (in_place && !in_rows) {
               const OffsetRows<C> rows{g.input + c0, offset + at, 1, 0};
-              gemm_tile<C>(row_count, vecs, rows, columns, column_step, terms, 1, to, kChunk);
+              gemm_tile<C>(row_count, vecs, rows, columns, column_step, terms, 1, to, kFlushNhwc);
               continue;
             }
           }
@@ -464,7 +465,7 @@ void compute_block(const Problem<T>& g, const Panels<compute_t<T>>& panels, cons
           if constexpr (__is_same(T, C)) {
             if (in_rows) rows = {g.input + (begin + at) * g.in.w + c0, g.in.w};
           }
-          gemm_tile<C>(row_count, vecs, rows, columns, column_step, terms, 1, to, kChunk);
+          gemm_tile<C>(row_count, vecs, rows, columns, column_step, terms, 1, to, kFlushNhwc);
         }
       }
     }

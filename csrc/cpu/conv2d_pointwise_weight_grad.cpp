@@ -316,12 +316,10 @@ void gather(const Conv2dParams& p, T* to) {
 
 // The same problem on the gathered image.
 Conv2dParams gathered(Conv2dParams p, void* image) {
-  const int64_t taps = p.r * p.s;
   p.x = image;
-  p.c *= taps;
+  p.c *= p.r * p.s;
   p.h = p.p, p.w = p.q;
   p.r = p.s = p.stride_h = p.stride_w = 1;
-  if (taps > 1) p.weight_stride[1] = 1;
   return p;
 }
 

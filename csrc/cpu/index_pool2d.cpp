@@ -153,8 +153,8 @@ void backward_strip(const Strips<T, U>& s, int64_t i) {
   }
 }
 
-// Overlapping windows of a few common shapes, in strips of a band of rows. Vectors run
-// along a row of dx, by phases of the stride.
+// Overlapping windows of a few common shapes, in strips of a band of rows. Vectors run along a row of dx, by phases of the
+// stride.
 constexpr int64_t kBandRows = 64;
 
 template <class T, int kKernel, int kStride, int kDilation>
@@ -729,11 +729,10 @@ void backward_nhwc_apart(const IndexPool2dParams& p) {
   }
 }
 
-// The kernel of windows of a common shape, square as their stride and dilation are, or null: all that is compiled for
-// float64, and for 16-bit types without their vectors, is kernels for any shape.
+// The kernel of windows of a common shape, square as their stride and dilation are, or null.
 template <class T>
 auto shape_kernel(const IndexPool2dParams& p) -> void (*)(const IndexPool2dParams&) {
-  if constexpr (!std::is_same_v<T, double> && (kVectorBytes > 16 || std::is_same_v<T, float>)) {
+  if constexpr (kShapeKernels<T>) {
     const Windows& v = p.windows;
     const bool nhwc = p.layout == Layout::nhwc;
     if (p.mode != Choice::offsets || (nhwc && p.c < lanes<compute_t<T>>)) return nullptr;

@@ -21,10 +21,6 @@ inline void store_choice_row(int_t<C>* p, ivec<C> v) {
   *reinterpret_cast<ivec<C>*>(p) = v;
 }
 
-// Whether kernels are compiled for common widths of windows too, their loops unrolled.
-template <class T>
-constexpr bool kWidths = !std::is_same_v<T, double> && (kVectorBytes > 16 || std::is_same_v<T, float>);
-
 // The best of each window's cells in one row. `first`: what a window without a cell above -Inf chooses. kWidth: kernel_w
 // where it is worth unrolling, else 0.
 template <class C, bool kPick, int kWidth>
@@ -149,7 +145,7 @@ void forward_nchw(const MaxPool2dParams& p) {
                                                              steps.column, s.first, width, s.rows + (h - begin) * width,
                                                              s.choices + (h - begin) * width);
           };
-          switch (kWidths<T> ? v.kernel_w : 0) {
+          switch (kShapeKernels<T> ? v.kernel_w : 0) {
             case 2: find(std::integral_constant<int, 2>{}); break;
             case 3: find(std::integral_constant<int, 3>{}); break;
             case 5: find(std::integral_constant<int, 5>{}); break;
@@ -296,7 +292,7 @@ void best_across(const MaxPool2dParams& p, const T* image, int64_t h, int64_t q0
 
 template <class T, bool kPick>
 auto best_across_for(int64_t taps) {
-  if constexpr (kWidths<T>) {
+  if constexpr (kShapeKernels<T>) {
     if (taps == 3) return best_across<T, kPick, 3>;
     if (taps == 5) return best_across<T, kPick, 5>;
   }
@@ -380,7 +376,7 @@ void forward_nhwc_shared(const MaxPool2dParams& p) {
           if constexpr (kPick) store_choice<C>(p.choice, p.mode, out + c, best.choice, base, part);
         };
         int64_t c = 0;
-        if (kWidths<T> && rows == 3)
+        if (kShapeKernels<T> && rows == 3)
           for (; c + lanes<C> <= p.c; c += lanes<C>) vectors(std::integral_constant<int, 3>{}, c, lanes<C>);
         for (; c + lanes<C> <= p.c; c += lanes<C>) vectors(std::integral_constant<int, 0>{}, c, lanes<C>);
         if (c < p.c) vectors(std::integral_constant<int, 0>{}, c, static_cast<int>(p.c - c));

@@ -17,6 +17,10 @@ bool large_output(int64_t in, int64_t out) {
   return out * size >= kLargeProduct && (in + out) * size >= kLargeImage;
 }
 
+// Whether kernels are compiled for common shapes of windows too: not for float64, nor 16-bit types without their vectors.
+template <class T>
+constexpr bool kShapeKernels = !std::is_same_v<T, double> && (kVectorBytes > 16 || std::is_same_v<T, float>);
+
 // Copies around the caches, lines whole where `to` begins one.
 template <class T>
 void stream_copy(T* to, const T* from, int64_t count) {

@@ -15,12 +15,12 @@
 // x, y, residual and their gradients: [N, C, H, W], all in one layout. weight, bias, dweight, dbias: [C] in the dtype
 // `affine`, float32 or that of x. mean, var: [C] in the dtype `statistics`: float64 where training wrote them.
 //
-// Statistics are accurate for any mean and deviation. A piece of a plane of float32 is summed in float64 for its mean,
-// then the squares of the deviations from that. Rows, and planes of 16-bit numbers, are summed once: the beginning of each
-// block (a quarter of its rows or more; a 32nd of a piece of a plane or more) gives a guess of
-// its mean, then the deviations from that and their squares are added up. Sums in the compute type are of 16 terms for each
-// lane of a vector (of rows, of four, of which at most 32 are added up); all else but the halving of a vector's lanes is
-// added in float64, in a fixed order. A guess of 16-bit numbers has hardly more bits than they, so that deviations from it
+// Statistics are accurate for any mean and deviation. A piece of a plane of float32 is summed in float64 for its mean, then
+// the squares of the deviations from that. Rows, and planes of 16-bit numbers, are summed once: the beginning of each block
+// (a quarter of its rows or more; a 32nd of a piece of a plane or more, one element of a plane of up to 64 in bfloat16) gives a
+// guess of its mean, then the deviations from that and their squares are added up. Sums in the compute type are of 16 terms
+// for each lane of a vector (of rows, of four, of which at most 32 are added up); all else but the halving of a vector's lanes
+// is added in float64, in a fixed order. A guess of 16-bit numbers has hardly more bits than they, so that deviations from it
 // are exact; one that misses by k deviations costs 1 + k k roundings of the variance, and k k is less than the block's size
 // over that of its beginning. The mean is not rounded to the compute type where it is subtracted. NaN and Inf flow by IEEE
 // arithmetic into all elements of their channel.

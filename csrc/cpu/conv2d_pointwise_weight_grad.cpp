@@ -5,7 +5,7 @@
 // Tasks are blocks of filters times blocks of channels times slices of the output's rows. A task adds the product of kPixels
 // pixels of both blocks to Z [filter][channel], in register tiles of rows of filters and columns of channels: a panel of
 // channels stays in L1 for all filters. Either is packed as the tiles read it, panels of [pixel][filter] and [pixel][channel],
-// or, in channels_last without strides, read where it lies, unless the 128 pixels of a tile would share few sets of the cache.
+// or, in channels_last without strides, read where it lies, unless the pixels of a tile would share few sets of the cache.
 // The slices' Z are added in order.
 //
 // All cuts depend on shapes alone, so results have the same bits for any number of threads.
@@ -21,7 +21,7 @@
 namespace cnnops::CNNOPS_ISA {
 namespace {
 
-constexpr int64_t kPixels = 128;                              // with a panel of channels: 24 KB
+constexpr int64_t kPixels = 136;  // at most, a little over 128: slices are often so; with a panel of channels: 26 KB
 constexpr int64_t kFlush = 32;                                // terms of one running sum
 constexpr int64_t kBlockFilters = 256, kBlockChannels = 288;  // of a task: 295 KB of Z
 constexpr int64_t kLeastFilters = 48;                         // smaller blocks would pack the image too often
@@ -219,6 +219,7 @@ struct Task {
   // Output rows [first, last) of all images.
   void run(int64_t first, int64_t last) {
     const Grid x_grid = grid_of_x(p), dy_grid = grid_of_dy(p);
+    const int64_t pixels = (last - first) * p.q, together = ceil_div(pixels, ceil_div(pixels, kPixels));
     cut_into_panels();
     // Lanes beyond the last channel are computed and thrown away; zeros keep them finite.
     const Panel<C>& end = columns[channel_panels - 1];
@@ -227,8 +228,8 @@ struct Task {
     if constexpr (__is_same(T, C)) {
       if (g.x_in_place || g.dy_in_place) {
         const int64_t end = last * p.q;
-        for (int64_t q = first * p.q; q < end; q += kPixels) {
-          const int64_t count = min64(kPixels, end - q), next = min64(kPixels, end - q - count);
+        for (int64_t q = first * p.q; q < end; q += together) {
+          const int64_t count = min64(together, end - q), next = min64(together, end - q - count);
           if (!g.x_in_place) pack<0>(x, x_grid, q, count, channels, columns, channel_panels, 0, line);
           if (!g.dy_in_place) pack<kPanelFilters>(dy, dy_grid, q, count, filters, rows, filter_panels, 0, line);
           filled = count;
@@ -243,12 +244,12 @@ struct Task {
       for (int64_t q = row % p.p * p.q, end = q + image_rows * p.q; q < end;) {
         const T* const x_image = x + n * p.c * p.h * p.w;
         const T* const dy_image = dy + n * p.k * p.p * p.q;
-        if (filled == kPixels) {
-          const int64_t next = min64(kPixels, end - q);
+        if (filled == together) {
+          const int64_t next = min64(together, end - q);
           multiply(nullptr, nullptr, ahead_of(x_image, x_grid, q, next, channels),
                    ahead_of(dy_image, dy_grid, q, next, filters));
         }
-        const int64_t count = min64(kPixels - filled, end - q);
+        const int64_t count = min64(together - filled, end - q);
         pack<0>(x_image, x_grid, q, count, channels, columns, channel_panels, filled, line);
         pack<kPanelFilters>(dy_image, dy_grid, q, count, filters, rows, filter_panels, filled, line);
         filled += count;

@@ -30,8 +30,9 @@ namespace {
 
 constexpr int64_t kBlockBytes = 24 << 10;  // of input rows under a filter, for the channels of a block: most of L1
 constexpr int64_t kStripBytes = 96 << 10;  // of an NCHW strip in scratch
-constexpr int64_t kWantedTasks = 16;   // enough to balance a few threads; fixed, so that cuts do not depend on threads
-constexpr int64_t kGroupPixels = 256;  // output pixels that are transposed back together
+constexpr int64_t kWantedTasks = 16;  // enough to balance a few threads; fixed, so that cuts do not depend on threads
+constexpr int64_t kNearImages = 8 << 20, kFarImages = 24 << 20;  // bytes of x and y: in L2 or near, beyond L3
+constexpr int64_t kGroupPixels = 256;                            // output pixels that are transposed back together
 
 // The channels as vectors; where C is no multiple of the lanes, the last vector overlaps the one before it.
 struct Vectors {
@@ -107,6 +108,11 @@ struct Picks {
 int threads_of(const Conv2dParams& p) {
   const int64_t taps = p.r * p.s * (p.c / p.groups);
   return threads_for(p.n * (p.c * p.h * p.w + p.k * p.p * p.q * (1 + taps / 4)), p.threads);
+}
+
+template <class T>
+int64_t image_bytes(const Conv2dParams& p) {
+  return p.n * (p.c * p.h * p.w + p.k * p.p * p.q) * static_cast<int64_t>(sizeof(T));
 }
 
 // n things in `parts` parts as equal as can be; the last is none of the smaller ones.
@@ -278,10 +284,10 @@ struct Packed {
 };
 
 // Output row y for the vectors of channels [v0, v1). `in`: where input row 0 lies or would lie; `out`, `residual`: the output
-// row; both at the first channel of v0. Fetches what comes next meanwhile.
+// row; both at the first channel of v0. Fetches what comes next meanwhile, `input` and `output` in pieces.
 template <class X, bool kGroups, class P>
 void filter_row(const Plan<X, kGroups>& plan, int64_t y, int64_t v0, int64_t v1, const X* in, const P& packed, X* out,
-                const X* residual, FilterBlock<X> b, const Ahead& input, const Ahead& output) {
+                const X* residual, FilterBlock<X> b, const Ahead& input, const Ahead& output, PixelsAhead next) {
   using C = compute_t<X>;
   const int64_t i = y / plan.osh, top = i * plan.ish, out_pixel = b.out_pixel / plan.osw;
   const Phase<X>* phase = plan.phases.data + y % plan.osh * plan.phases_w;
@@ -318,6 +324,7 @@ void filter_row(const Plan<X, kGroups>& plan, int64_t y, int64_t v0, int64_t v1,
         b.live = static_cast<int>(min64(width, l.columns - j));
         b.out = out + to;
         b.residual = residual ? residual + to : nullptr;
+        if (w == 0) next.fetch();
         kernel(b);
       }
     }
@@ -334,8 +341,11 @@ void filter_nhwc(const Conv2dParams& p, bool transposed) {
   using C = compute_t<T>;
   const int threads = threads_of(p);
   const Plan<T, kGroups> plan(p, transposed, true);
+  // Around the caches only whole lines: halves would each be written on their own.
   const bool stream =
+      lanes<C> * sizeof(T) >= 64 &&
       p.n * plan.out_channels * plan.out_h * plan.out_w * static_cast<int64_t>(sizeof(T)) >= kLargeImage;
+  const bool far = image_bytes<T>(p) >= kFarImages;
   const Vectors& vectors = plan.vectors;
   Packed<T, T, kGroups> packed(p, plan);
   const T* const in = static_cast<const T*>(transposed ? p.y : p.x);
@@ -344,7 +354,9 @@ void filter_nhwc(const Conv2dParams& p, bool transposed) {
   constexpr int64_t kSize = sizeof(T);
   const Cut rows = cut(plan.out_h, ceil_div(kWantedTasks, p.n), 8, plan.out_h);
   const int64_t under = plan.reach() * plan.in_w * plan.span * kSize;
-  const Cut blocks = cut(vectors.count, ceil_div(kWantedTasks, p.n * rows.parts), 4, max64(4, kBlockBytes / under));
+  const bool whole = far && plan.inputs.channels * kSize == 512;  // half pixels would share half of the caches' sets
+  const Cut blocks =
+      cut(vectors.count, ceil_div(kWantedTasks, p.n * rows.parts), 4, max64(whole ? 8 : 4, kBlockBytes / under));
   const int64_t tasks = p.n * rows.parts * blocks.parts;
   const int64_t in_c = plan.inputs.channels, out_c = plan.out_channels;
   const int64_t in_row = plan.in_w * in_c, out_row = plan.out_w * out_c;
@@ -369,10 +381,16 @@ void filter_nhwc(const Conv2dParams& p, bool transposed) {
       for (int64_t y = rows.begin(strip); y < y1; ++y) {
         // What the next row reads that this one does not, and where it goes; the next task's first row follows the last.
         Ahead input, output;
+        PixelsAhead next;
         if (y + 1 < y1) {
           const int64_t h0 = plan.last_input(y + 1), h1 = plan.last_input(y + 2);
           input = {in + (n * plan.in_h + h0) * in_row + in_c0, (h1 - h0) * plan.in_w, in_c * kSize, in_bytes};
           output = {out + (n * plan.out_h + y + 1) * out_row + c0, plan.out_w, out_c * kSize, out_bytes};
+          if (far) {
+            const int64_t calls = (v1 - v0) * ceil_div(plan.out_w / plan.phases_w, kMostPixels);
+            next = {input, calls};
+            input = {};
+          }
         } else if (task + 1 < tasks) {
           const int64_t later = task + 1, first = rows.begin(later / blocks.parts % rows.parts);
           const int64_t image = later / blocks.parts / rows.parts;
@@ -384,7 +402,7 @@ void filter_nhwc(const Conv2dParams& p, bool transposed) {
         }
         const int64_t to = (n * plan.out_h + y) * out_row + c0;
         filter_row(plan, y, v0, v1, in + n * plan.in_h * in_row + in_c0, packed, out + to,
-                   residual ? residual + to : nullptr, block, input, stream ? Ahead{} : output);
+                   residual ? residual + to : nullptr, block, input, stream ? Ahead{} : output, next);
       }
       if (stream) end_streaming();
     }
@@ -527,7 +545,7 @@ void filter_held(const Conv2dParams& p, bool transposed) {
           ahead.fetch(y - y0, y1 - y0);
           output.fetch(y - from, count);
           filter_row<C>(plan, y, v, v + 1, held - h0 * block.row, packed, made + (y - from) * plan.out_w * lanes<C>,
-                        nullptr, block, Ahead(), Ahead());
+                        nullptr, block, Ahead(), Ahead(), PixelsAhead());
         }
         if (!nchw) {
           scatter_channels(made, count * plan.out_w, static_cast<int>(vectors.part), out + to,
@@ -550,11 +568,14 @@ constexpr int64_t kSumsBytes = 16 << 10;       // of a block's taps
 constexpr int64_t kFarPixels = 2048;           // bytes between pixels that leave few sets of L1 to a vector of channels
 
 // The vectors of a block of channels_last images, whose taps have `size` sums: 256 or 512 neighbouring bytes of a pixel. With
-// half of that, 3 x 3 took up to 1.2 times as long, most where pixels are far apart.
+// half of that, 3 x 3 took up to 1.2 times as long, most where pixels are far apart, and with half of pixels of 512 bytes 1.5
+// times, as these share half of the sets of the caches.
 template <class T>
 int64_t channel_block(int64_t channels, int64_t size) {
   constexpr int64_t kSize = sizeof(T), kBytes = lanes<compute_t<T>> * kSize, kSum = sizeof(compute_t<T>);
-  return max64(4, min64((channels * kSize < kFarPixels * 3 / 8 ? 256 : 512) / kBytes, kSumsBytes / (size * kSum)));
+  const bool whole = kFetchesPixels && channels * kSize % 512 == 0;
+  const int64_t bytes = channels * kSize < kFarPixels * 3 / 8 && !whole ? 256 : 512;
+  return max64(4, min64(bytes / kBytes, kSumsBytes / (size * kSum)));
 }
 
 // The forward lattice's taps as runs, and how the images are cut.
@@ -570,9 +591,10 @@ struct GradPlan {
   int64_t taps, together, run_count = 0;  // taps of a run, runs of a call
   CorrelateKernel<X> kernel;
   int64_t reach;
-  Cut rows;       // of dy's rows, into strips
-  Cut slices;     // of the strips of all images
-  int64_t flush;  // strips
+  bool fetches_pixels, fetches_strips;  // what comes next, pixel by pixel or in pieces of a strip
+  Cut rows;                             // of dy's rows, into strips
+  Cut slices;                           // of the strips of all images
+  int64_t flush;                        // strips
 
   // Whether channels_last images are read where they lie.
   static bool reads_in_place(const Conv2dParams& p, bool converts) {
@@ -595,6 +617,9 @@ struct GradPlan {
     const bool part = in_place && vectors.part < lanes<C>;
     taps = p.dilation_w == 1 && !part ? side_by_side<C>(p.s, p.stride_w) : 1;
     together = !kFewKernels<C> && taps == 3 && p.s == 3 && p.r == 3 ? 3 : 1;
+    const int64_t bytes = image_bytes<X>(p);
+    fetches_pixels = kFetchesPixels && !kGroups && in_place && together > 1 && bytes >= kFarImages;
+    fetches_strips = !fetches_pixels && (!in_place || bytes >= kNearImages);
     if constexpr (kGroups) {
       kernel = correlate_kernel<X, Load::picked_two>(taps, p.stride_w, together);
       if constexpr (!kFewKernels<C>) {
@@ -686,12 +711,15 @@ void correlate_images(const Conv2dParams& p) {
         const int64_t p1 = plan.rows.end(unit % plan.rows.parts);
         // The same channels of the next strip.
         b.next_x = b.next_dy = {};
-        if (const int64_t later = unit + 1; later < last) {
+        b.pixels_x = b.pixels_dy = {};
+        if (const int64_t later = unit + 1; later < last && (plan.fetches_pixels || plan.fetches_strips)) {
           const int64_t image = later / plan.rows.parts, q0 = plan.rows.begin(later % plan.rows.parts);
           const int64_t q1 = plan.rows.end(later % plan.rows.parts);
           const int64_t from = plan.inputs.first(vectors, v0), to = plan.inputs.last(vectors, v1 - 1);
           const int64_t k0 = vectors.start(v0), k1 = vectors.start(v1 - 1) + vectors.part;
-          const Range rows = plan.input_rows(p, q0, q1);
+          Range rows = plan.input_rows(p, q0, q1);
+          if (plan.fetches_pixels && image == n)
+            rows.first = max64(rows.first, min64(rows.last, plan.input_rows(p, p0, p1).last));
           if (nchw) {
             b.next_x = {static_cast<const T*>(p.x) + (image * p.c + from) * x_plane + rows.first * p.w, to - from,
                         x_plane * kSize, (rows.last - rows.first) * p.w * kSize};
@@ -702,6 +730,11 @@ void correlate_images(const Conv2dParams& p) {
                         (rows.last - rows.first) * p.w, p.c * kSize, (to - from) * kSize};
             b.next_dy = {static_cast<const T*>(p.y) + (image * dy_plane + q0 * p.q) * p.k + k0, (q1 - q0) * p.q,
                          p.k * kSize, (k1 - k0) * kSize};
+          }
+          if (plan.fetches_pixels) {
+            const int64_t calls = (v1 - v0) * (p1 - p0) * ceil_div(p.q, kMostPixels);
+            b.pixels_x = {b.next_x, calls}, b.pixels_dy = {b.next_dy, calls};
+            b.next_x = b.next_dy = {};
           }
         }
         for (int64_t v = v0; v < v1; ++v) {

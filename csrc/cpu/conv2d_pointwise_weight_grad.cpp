@@ -22,7 +22,7 @@ namespace cnnops::CNNOPS_ISA {
 namespace {
 
 constexpr int64_t kPixels = 136;  // at most, a little over 128: slices are often so; with a panel of channels: 26 KB
-constexpr int64_t kFlush = 32;                                // terms of one running sum
+constexpr int64_t kFlush = 32;    // terms of one running sum
 constexpr int64_t kBlockFilters = 256, kBlockChannels = 288;  // of a task: 295 KB of Z
 constexpr int64_t kLeastFilters = 48;                         // smaller blocks would pack the image too often
 constexpr int64_t kMostTurned = 64;                           // channels: dw is then stored element by element

@@ -100,6 +100,29 @@ struct Ahead {
   }
 };
 
+// The same by `calls` calls, each of some whole runs: from far away, many lines at once would hold up the loads behind them, and
+// lines apart from each other take longer.
+struct PixelsAhead {
+  const char* at = nullptr;
+  int64_t left = 0, step = 0, bytes = 0, share = 0;
+
+  PixelsAhead() = default;
+  PixelsAhead(const Ahead& a, int64_t calls)
+      : at(static_cast<const char*>(a.first)),
+        left(a.runs),
+        step(a.step),
+        bytes(a.bytes),
+        share(ceil_div(a.runs, calls)) {}
+  void fetch() {
+    for (int64_t i = min64(share, left); i > 0; --i, at += step)
+      for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(at + byte, 0, 2);
+    left -= share;
+  }
+};
+
+// Whether the gradient of the weights asks for pixels so: it holds nine sums, and with 16 registers took 1.2 times as long.
+constexpr bool kFetchesPixels = kVectorBytes >= 64;
+
 // ---- Sums over taps --------------------------------------------------------------------------------------------------
 
 template <class T>
@@ -268,8 +291,9 @@ struct Correlation {
   int64_t columns;              // output pixels of a row
   Ahead next_x, next_dy;        // fetched meanwhile: this is step `now` of `steps`
   int64_t now, steps;
-  const Pick<C>* picks;  // of each input channel of a filter
-  int part, in_part;     // lanes of dy and of x that exist, for a partial load
+  PixelsAhead pixels_x, pixels_dy;  // the same, of several runs at once
+  const Pick<C>* picks;             // of each input channel of a filter
+  int part, in_part;                // lanes of dy and of x that exist, for a partial load
 };
 
 template <class T, int kTaps, int kStep, int kCount, Load kLoad, int kSets, class Sums>
@@ -305,7 +329,7 @@ struct GradRun {
 // sums[run][tap][lane] += the correlation of kRuns runs with output rows [b.first_row, b.last_row). Several runs at once read
 // each row of dy once.
 template <class T, int kTaps, int kStep, Load kLoad, int kRuns>
-void correlate(const Correlation<T>& b, const GradRun* runs, compute_t<T>* sums) {
+void correlate(Correlation<T>& b, const GradRun* runs, compute_t<T>* sums) {
   using C = compute_t<T>;
   // A sum waits four cycles for the one before it: fewer taps have several sums each.
   constexpr int kSets = kRuns > 1 ? 1 : kTaps == 1 ? 4 : kTaps <= 3 ? 2 : 1;
@@ -333,6 +357,7 @@ void correlate(const Correlation<T>& b, const GradRun* runs, compute_t<T>* sums)
     const auto blocks = [&](auto count) CNNOPS_INLINE {
       constexpr int kCount = decltype(count)::value;
       for (; left >= kCount; left -= kCount) {
+        if constexpr (kRuns > 1 && kFetchesPixels) b.pixels_x.fetch(), b.pixels_dy.fetch();
         vec<C> d[kCount];
         unrolled<0, kCount>([&](auto j)
                                 CNNOPS_INLINE { d[j.value] = load_output<kLoad>(dy + j.value * b.dy_pixel, b.part); });
@@ -346,7 +371,7 @@ void correlate(const Correlation<T>& b, const GradRun* runs, compute_t<T>* sums)
       }
     };
     // Nine sums and seven pixels are more than 16 registers hold.
-    constexpr bool kFull = is_picked(kLoad) && kRuns > 1 && kMostPixels == 7, kFew = kFewKernels<C>;
+    constexpr bool kFull = kRuns > 1 && kMostPixels == 7, kFew = kFewKernels<C>;
     if constexpr (kMostPixels > 7 && !kFew) blocks(Constant<kMostPixels>{});
     if constexpr (!kFull) blocks(Constant<7>{});
     if constexpr ((!is_picked(kLoad) && !kFew) || kFull) blocks(Constant<4>{});
@@ -362,7 +387,7 @@ void correlate(const Correlation<T>& b, const GradRun* runs, compute_t<T>* sums)
 }
 
 template <class T>
-using CorrelateKernel = void (*)(const Correlation<T>&, const GradRun*, compute_t<T>*);
+using CorrelateKernel = void (*)(Correlation<T>&, const GradRun*, compute_t<T>*);
 // For so many taps a run, and `runs` of 1, or (not kFewKernels) of 3 runs of 3 taps that differ by their rows alone.
 template <class T, Load kLoad>
 CorrelateKernel<T> correlate_kernel(int64_t taps, int64_t step, int64_t runs) {

@@ -234,6 +234,14 @@ template <class C, class Function>
   if (i < n) f(i, static_cast<int>(n - i), 3);
 }
 
+// Calls f(element, lanes) over n elements, where nothing is added up. `lanes` is a constant but in the last call.
+template <class C, class Function>
+[[gnu::always_inline]] inline void each(int64_t n, const Function& f) {
+  int64_t i = 0;
+  for (; i + lanes<C> <= n; i += lanes<C>) f(i, lanes<C>);
+  if (i < n) f(i, static_cast<int>(n - i));
+}
+
 // Sums over n elements, in float64: of runs of them in the compute type, in four vectors. f(element, lanes, sums) adds to
 // its vectors sums[0], ..., which are one of the four.
 template <class C, int kSums, class Function>
@@ -246,17 +254,15 @@ template <class C, int kSums, class Function>
     sweep<C>(min64(n - from, kRun), [&](int64_t i, int part, int k) CNNOPS_INLINE { f(from + i, part, run[k]); });
     for (int s = 0; s < kSums; ++s) run[0][s] = (run[0][s] + run[1][s]) + (run[2][s] + run[3][s]);
   };
-  if constexpr (kSums == 2) {
-    if (n <= kRun) {  // the sums of short planes' lanes are much of their time
-      add(0);
-      return sum_lanes_of_both<C>(run[0][0], run[0][1], sums);
-    }
-  }
   vec<double> total[kSums] = {};
-  for (int64_t from = 0; from < n; from += kRun) {
+  int64_t from = 0;
+  do {
     add(from);
+    if constexpr (kSums == 2)  // the sums of short planes' lanes are much of their time
+      if (n <= kRun) return sum_lanes_of_both<C>(run[0][0], run[0][1], sums);
     for (int s = 0; s < kSums; ++s) total[s] += folded(run[0][s]);
-  }
+    from += kRun;
+  } while (from < n);
   for (int s = 0; s < kSums; ++s) sums[s] = sum_lanes<double>(total[s]);
 }
 
@@ -265,7 +271,7 @@ template <class C, class Function>
 [[gnu::always_inline]] inline void for_vectors(const Block& block, const Function& f) {
   for (int64_t row = 0; row < block.rows; ++row) {
     const int64_t begin = block.begin + row * block.stride;
-    sweep<C>(block.columns, [&](int64_t j, int part, int) CNNOPS_INLINE { f(begin + j, block.column + j, part); });
+    each<C>(block.columns, [&](int64_t j, int part) CNNOPS_INLINE { f(begin + j, block.column + j, part); });
   }
 }
 
@@ -555,8 +561,7 @@ template <Kind kKind, class T>
   for (int64_t r = 0; r < all.rows; ++r) {
     const int64_t begin = all.begin + r * all.stride, c = all.column + r;
     const V m = set1<C>(work.m[c]), a = set1<C>(work.a[c]), b = set1<C>(work.b[c]);
-    sweep<C>(all.columns,
-             [&](int64_t i, int part, int) CNNOPS_INLINE { normalize<kKind, T>(p, begin + i, part, m, a, b); });
+    each<C>(all.columns, [&](int64_t i, int part) CNNOPS_INLINE { normalize<kKind, T>(p, begin + i, part, m, a, b); });
   }
 }
 
@@ -741,8 +746,8 @@ template <Kind kKind, class T>
     const int64_t begin = all.begin + r * all.stride, c = all.column + r;
     const V m = set1<C>(work.m[c]), a = set1<C>(work.a[c]), b = set1<C>(work.b[c]);
     const V s = set1<C>(work.s[c]), t = set1<C>(work.t[c]);
-    sweep<C>(all.columns, [&](int64_t i, int part, int)
-                              CNNOPS_INLINE { store_gradient<kKind, T>(p, begin + i, part, m, a, b, s, t); });
+    each<C>(all.columns,
+            [&](int64_t i, int part) CNNOPS_INLINE { store_gradient<kKind, T>(p, begin + i, part, m, a, b, s, t); });
   }
 }
 

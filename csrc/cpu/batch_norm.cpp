@@ -717,6 +717,7 @@ template <Kind kKind, class T>
         const int64_t i = block.begin + (row + r) * block.stride + j;
         fetch<T>(p.x, i, j, block.stride);
         fetch<T>(p.dy, i, j, block.stride);
+        if (kKind != Kind::none && p.saved_y) fetch<T>(p.saved_y, i, j, block.stride);
         add_gradient<kKind, T>(p, i, part, m, a, b, total[0], total[1]);
       }
     });

@@ -607,7 +607,7 @@ BATCH_NORMS = (
     dict(shape=(3, 37, 8, 8), act="relu", residual=False, weight=True, affine=torch.float32),
     dict(shape=(2, 3, 95, 97), act="relu", residual=True, weight=False, affine=None),
     dict(shape=(7, 5, 1, 1), act="tanh", residual=True, weight=True, affine=None),
-    dict(shape=(37, 600, 1, 1), act="silu", residual=False, weight=True, affine=torch.float32),
+    dict(shape=(37, 1100, 1, 1), act="silu", residual=False, weight=True, affine=torch.float32),
     dict(shape=(5, 16, 6, 7), act="gelu", residual=True, weight=False, affine=None),
     dict(shape=(3, 20, 13, 5), act="softplus", residual=True, weight=True, affine=None),
 )

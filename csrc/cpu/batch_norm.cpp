@@ -234,6 +234,14 @@ template <class C, class Function>
   if (i < n) f(i, static_cast<int>(n - i), 3);
 }
 
+// Calls f(element, lanes) over n elements, where nothing is added up. `lanes` is a constant but in the last call.
+template <class C, class Function>
+[[gnu::always_inline]] inline void each(int64_t n, const Function& f) {
+  int64_t i = 0;
+  for (; i + lanes<C> <= n; i += lanes<C>) f(i, lanes<C>);
+  if (i < n) f(i, static_cast<int>(n - i));
+}
+
 // Sums over n elements, in float64: of runs of them in the compute type, in four vectors. f(element, lanes, sums) adds to
 // its vectors sums[0], ..., which are one of the four.
 template <class C, int kSums, class Function>
@@ -246,17 +254,15 @@ template <class C, int kSums, class Function>
     sweep<C>(min64(n - from, kRun), [&](int64_t i, int part, int k) CNNOPS_INLINE { f(from + i, part, run[k]); });
     for (int s = 0; s < kSums; ++s) run[0][s] = (run[0][s] + run[1][s]) + (run[2][s] + run[3][s]);
   };
-  if constexpr (kSums == 2) {
-    if (n <= kRun) {  // the sums of short planes' lanes are much of their time
-      add(0);
-      return sum_lanes_of_both<C>(run[0][0], run[0][1], sums);
-    }
-  }
   vec<double> total[kSums] = {};
-  for (int64_t from = 0; from < n; from += kRun) {
+  int64_t from = 0;
+  do {
     add(from);
+    if constexpr (kSums == 2)  // the sums of short planes' lanes are much of their time
+      if (n <= kRun) return sum_lanes_of_both<C>(run[0][0], run[0][1], sums);
     for (int s = 0; s < kSums; ++s) total[s] += folded(run[0][s]);
-  }
+    from += kRun;
+  } while (from < n);
   for (int s = 0; s < kSums; ++s) sums[s] = sum_lanes<double>(total[s]);
 }
 
@@ -265,18 +271,24 @@ template <class C, class Function>
 [[gnu::always_inline]] inline void for_vectors(const Block& block, const Function& f) {
   for (int64_t row = 0; row < block.rows; ++row) {
     const int64_t begin = block.begin + row * block.stride;
-    sweep<C>(block.columns, [&](int64_t j, int part, int) CNNOPS_INLINE { f(begin + j, block.column + j, part); });
+    each<C>(block.columns, [&](int64_t j, int part) CNNOPS_INLINE { f(begin + j, block.column + j, part); });
   }
 }
 
-// Rows that are added up together. Of 8, which spares more loads and stores of the sums, memory is read 1.06 times as
-// slowly: prefetchers follow few rows at a time.
+// Rows that are added up together.
 constexpr int kTogether = 4;
 
-// Prefetchers lose their way among rows: each tile asks for the next but one.
+// Prefetchers follow few rows at a time, so each tile asks for the lines of later ones: this many bytes beyond the next
+// tile, and for the second cache. Asked for by two tiles ahead into the first, which holds no eight rows of two images,
+// memory was read at half the speed.
+constexpr int64_t kAhead = 16 << 10;
+// Of the line where element i is, if i is the first of a vector at column j with which a line begins.
 template <class T>
-[[gnu::always_inline]] inline void fetch(const void* image, int64_t i, int64_t stride) {
-  __builtin_prefetch(static_cast<const T*>(image) + i + 2 * kTogether * stride);
+[[gnu::always_inline]] inline void fetch(const void* image, int64_t i, int64_t j, int64_t stride) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  if (lanes<compute_t<T>> < kLine && j % kLine != 0) return;
+  __builtin_prefetch(static_cast<const T*>(image) + i + kTogether * stride + kAhead / static_cast<int64_t>(sizeof(T)),
+                     0, 2);
 }
 
 // How much of a block its mean is first guessed from; the deviations from the guess also correct it. Where a piece of a
@@ -377,8 +389,11 @@ template <class T>
     Block some = block;
     some.rows = min64(block.rows, kGuessRows);
     add_rows<C, 1>(some, guess, [&](int64_t row, auto rows, int64_t j, int part, vec<C>* total) CNNOPS_INLINE {
-      for (int r = 0; r < decltype(rows)::value; ++r)
-        total[0] += load_n(x + block.begin + (row + r) * block.stride + j, part);
+      for (int r = 0; r < decltype(rows)::value; ++r) {
+        const int64_t i = block.begin + (row + r) * block.stride + j;
+        fetch<T>(x, i, j, block.stride);
+        total[0] += load_n(x + i, part);
+      }
     });
     const C reciprocal = 1 / static_cast<C>(some.rows);
     for (int64_t j = 0; j < at.columns; j += lanes<C>)
@@ -389,7 +404,7 @@ template <class T>
       const vec<C> about = load(guess[0] + j);
       for (int r = 0; r < decltype(rows)::value; ++r) {
         const int64_t i = block.begin + (row + r) * block.stride + j;
-        fetch<T>(x, i, block.stride);
+        fetch<T>(x, i, j, block.stride);
         const vec<C> d = keep_n<C>(load_n(x + i, part) - about, part);
         total[0] += d;
         total[1] = fma(d, d, total[1]);
@@ -450,10 +465,12 @@ Group set_statistics(const BatchNormParams& p, const BatchNormPlan& plan, const 
 
 // ------------------------------------------------------------------------------------------------------------ elements
 
-// Whether what is as large as x is stored around the caches.
+// Whether what is as large as x is stored around the caches: where all images together, of which forward has x and y, are
+// as large as two large ones.
 template <class T>
 [[gnu::always_inline]] inline bool streams_images(const BatchNormParams& p) {
-  return p.n * p.c * p.h * p.w * static_cast<int64_t>(sizeof(T)) >= kLargeImage;
+  const int64_t images = 2 + (p.dy != nullptr) + (p.saved_y || p.residual) + (p.dresidual != nullptr);
+  return images * (p.n * p.c * p.h * p.w) * static_cast<int64_t>(sizeof(T)) >= 2 * kLargeImage;
 }
 
 // Bytes of what both passes read that stay in a core's caches between them, and of those that are near.
@@ -534,25 +551,26 @@ template <Kind kKind, class T>
 }
 
 template <Kind kKind, class T>
-[[gnu::noinline]] void normalize_piece(const BatchNormParams& params, const Workspace<compute_t<T>>& work,
+[[gnu::noinline]] void normalize_piece(const BatchNormParams& params, const Workspace<compute_t<T>>& workspace,
                                        const Block& piece) {
   using C = compute_t<T>;
   using V = vec<C>;
   const BatchNormParams p = params;  // a copy that no store can alias
+  const Workspace<compute_t<T>> work = workspace;
   const Block all = piece;
   for (int64_t r = 0; r < all.rows; ++r) {
     const int64_t begin = all.begin + r * all.stride, c = all.column + r;
     const V m = set1<C>(work.m[c]), a = set1<C>(work.a[c]), b = set1<C>(work.b[c]);
-    sweep<C>(all.columns,
-             [&](int64_t i, int part, int) CNNOPS_INLINE { normalize<kKind, T>(p, begin + i, part, m, a, b); });
+    each<C>(all.columns, [&](int64_t i, int part) CNNOPS_INLINE { normalize<kKind, T>(p, begin + i, part, m, a, b); });
   }
 }
 
 template <Kind kKind, class T>
 [[gnu::noinline]] void normalize_part(const BatchNormParams& params, const BatchNormPlan& plan,
-                                      const Workspace<compute_t<T>>& work, const Part& at) {
+                                      const Workspace<compute_t<T>>& workspace, const Part& at) {
   using C = compute_t<T>;
   const BatchNormParams p = params;
+  const Workspace<compute_t<T>> work = workspace;
   for_blocks(plan, at.row_block, at.first, at.columns, [&](const Block& block) CNNOPS_INLINE {
     for_vectors<C>(block, [&](int64_t i, int64_t k, int part) CNNOPS_INLINE {
       normalize<kKind, T>(p, i, part, load_n(work.m + k, part), load_n(work.a + k, part), load_n(work.b + k, part));
@@ -663,11 +681,12 @@ template <Kind kKind, class T>
 }
 
 template <Kind kKind, class T>
-[[gnu::noinline]] void piece_sums(const BatchNormParams& params, const Workspace<compute_t<T>>& work,
+[[gnu::noinline]] void piece_sums(const BatchNormParams& params, const Workspace<compute_t<T>>& workspace,
                                   const Block& piece) {
   using C = compute_t<T>;
   using V = vec<C>;
   const BatchNormParams p = params;
+  const Workspace<compute_t<T>> work = workspace;
   const Block all = piece;
   for (int64_t r = 0; r < all.rows; ++r) {
     const int64_t begin = all.begin + r * all.stride, c = all.column + r;
@@ -683,10 +702,11 @@ template <Kind kKind, class T>
 
 template <Kind kKind, class T>
 [[gnu::noinline]] void part_sums(const BatchNormParams& params, const BatchNormPlan& plan,
-                                 const Workspace<compute_t<T>>& work, const Part& at) {
+                                 const Workspace<compute_t<T>>& workspace, const Part& at) {
   using C = compute_t<T>;
   using V = vec<C>;
   const BatchNormParams p = params;
+  const Workspace<compute_t<T>> work = workspace;
   alignas(64) C sums[2][kColumns];
   for (int64_t j = 0; j < round_up(at.columns, lanes<C>); ++j) sums[0][j] = sums[1][j] = 0;
   for_blocks(plan, at.row_block, at.first, at.columns, [&](const Block& block) CNNOPS_INLINE {
@@ -695,8 +715,9 @@ template <Kind kKind, class T>
       const V m = load_n(work.m + k, part), a = load_n(work.a + k, part), b = load_n(work.b + k, part);
       for (int r = 0; r < decltype(rows)::value; ++r) {
         const int64_t i = block.begin + (row + r) * block.stride + j;
-        fetch<T>(p.x, i, block.stride);
-        fetch<T>(p.dy, i, block.stride);
+        fetch<T>(p.x, i, j, block.stride);
+        fetch<T>(p.dy, i, j, block.stride);
+        if (kKind != Kind::none && p.saved_y) fetch<T>(p.saved_y, i, j, block.stride);
         add_gradient<kKind, T>(p, i, part, m, a, b, total[0], total[1]);
       }
     });
@@ -715,26 +736,28 @@ template <Kind kKind, class T>
 }
 
 template <Kind kKind, class T>
-[[gnu::noinline]] void piece_gradient(const BatchNormParams& params, const Workspace<compute_t<T>>& work,
+[[gnu::noinline]] void piece_gradient(const BatchNormParams& params, const Workspace<compute_t<T>>& workspace,
                                       const Block& piece) {
   using C = compute_t<T>;
   using V = vec<C>;
   const BatchNormParams p = params;
+  const Workspace<compute_t<T>> work = workspace;
   const Block all = piece;
   for (int64_t r = 0; r < all.rows; ++r) {
     const int64_t begin = all.begin + r * all.stride, c = all.column + r;
     const V m = set1<C>(work.m[c]), a = set1<C>(work.a[c]), b = set1<C>(work.b[c]);
     const V s = set1<C>(work.s[c]), t = set1<C>(work.t[c]);
-    sweep<C>(all.columns, [&](int64_t i, int part, int)
-                              CNNOPS_INLINE { store_gradient<kKind, T>(p, begin + i, part, m, a, b, s, t); });
+    each<C>(all.columns,
+            [&](int64_t i, int part) CNNOPS_INLINE { store_gradient<kKind, T>(p, begin + i, part, m, a, b, s, t); });
   }
 }
 
 template <Kind kKind, class T>
 [[gnu::noinline]] void part_gradient(const BatchNormParams& params, const BatchNormPlan& plan,
-                                     const Workspace<compute_t<T>>& work, const Part& at) {
+                                     const Workspace<compute_t<T>>& workspace, const Part& at) {
   using C = compute_t<T>;
   const BatchNormParams p = params;
+  const Workspace<compute_t<T>> work = workspace;
   for_blocks(plan, at.row_block, at.first, at.columns, [&](const Block& block) CNNOPS_INLINE {
     for_vectors<C>(block, [&](int64_t i, int64_t k, int part) CNNOPS_INLINE {
       store_gradient<kKind, T>(p, i, part, load_n(work.m + k, part), load_n(work.a + k, part), load_n(work.b + k, part),

@@ -62,7 +62,7 @@ struct BatchNormParams {
 // matrix.
 namespace {  // its members must not be shared between instruction sets
 struct BatchNormPlan {
-  static constexpr int64_t kPiece = 8192, kBlockRows = 128, kBlockColumns = 512;
+  static constexpr int64_t kPiece = 8192, kBlockRows = 128, kBlockColumns = 1024;
   bool planes;
   int64_t pieces, piece;            // planes: per plane, and elements of all but the last
   int64_t fold, width, rows, tail;  // rows

@@ -146,6 +146,8 @@ void gemm_tile(Rows a, const C* b, int64_t b_step, int64_t len, int64_t runs, co
           aside[i][v] = flushed ? aside[i][v] + sum[i][v] : sum[i][v];
           sum[i][v] = vec<C>{};
         }
+      // They stay in memory: in registers they would drive b out of them, in smaller tiles than the largest.
+      asm volatile("" : "+m"(aside));
       flushed = true;
     }
   }

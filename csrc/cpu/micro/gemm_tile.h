@@ -2,11 +2,12 @@
 //
 //   c[i][:] (+)= sum over kk < len of a(i, kk) * b[kk][:]          summed over `runs` such runs, a and b moving on between
 //
-// where a is broadcast and b is a panel of contiguous vectors. Six ways to read `a` serve all passes:
+// where a is broadcast and b is a panel of contiguous vectors. Seven ways to read `a` serve all passes:
 //   PackedRows    a(i, kk) = base[kk * kStride + i]       weights packed for NCHW outputs
 //   PitchedRows   a(i, kk) = base[i * pitch + kk]         pixels of channels_last images
 //   ColumnRows    a(i, kk) = base[kk * pitch + i]         the same for weight gradients, whose reduction is over pixels
 //   PanelRows     ColumnRows that meanwhile call something else from memory
+//   LineRows      PitchedRows that do
 //   OffsetRows    a(i, kk) = base[offset[i] + kk * step]  (tap, channel) pairs of an image strip, for weight gradients
 //   FetchingRows  OffsetRows that do
 // CopyingRows are any of these that leave a copy of b behind.
@@ -59,6 +60,15 @@ struct PanelRows {
   int64_t ahead_step;
   static constexpr int64_t run = 0;
   [[gnu::always_inline]] C at(int i, int64_t kk) const { return base[kk * pitch + i]; }
+};
+template <class C>
+struct LineRows {
+  const C* base;
+  int64_t pitch;
+  const char* ahead;  // as in PanelRows
+  int64_t ahead_step;
+  static constexpr int64_t run = 0;
+  [[gnu::always_inline]] C at(int i, int64_t kk) const { return base[i * pitch + kk]; }
 };
 template <class C>
 struct OffsetRows {

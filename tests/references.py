@@ -462,6 +462,12 @@ CONVOLUTIONS = (
     dict(x=(2, 48, 6, 6), k=50, rs=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1),
     dict(x=(3, 17, 29, 56), k=21, rs=(2, 3), stride=(2, 3), padding=(0, 0), dilation=(1, 1), groups=1),
     dict(x=(1, 130, 7, 7), k=150, rs=(1, 1), stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1),
+    dict(x=(2, 20, 9, 11), k=140, rs=(1, 1), stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1),
+    dict(x=(2, 33, 13, 12), k=34, rs=(1, 1), stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1),
+    dict(x=(1, 66, 15, 13), k=150, rs=(3, 3), stride=(2, 2), padding=(1, 1), dilation=(1, 1), groups=1),
+    dict(x=(1, 64, 12, 38), k=65, rs=(3, 2), stride=(1, 3), padding=(1, 1), dilation=(1, 2), groups=1),
+    dict(x=(5, 64, 9, 7), k=67, rs=(3, 3), stride=(2, 2), padding=(1, 1), dilation=(1, 1), groups=1),
+    dict(x=(2, 64, 11, 18), k=70, rs=(2, 2), stride=(2, 2), padding=(0, 0), dilation=(1, 1), groups=1),
 )
 
 

@@ -62,7 +62,7 @@ struct Problem {
   // rows lie strip_pitch apart. 0: pixels are packed.
   int64_t filter_columns, strip_pitch;
   const T* zeros;         // chunk_channels of them
-  bool weights_in_place;  // one tap: tiles read the weights where they lie
+  bool weights_in_place;  // chunks of one tap: tiles read the weights where they lie
   int64_t length() const { return in_channels * lattice.count; }
   int64_t pixels() const { return images * lattice.rows * lattice.columns; }
 };
@@ -430,10 +430,24 @@ void compute_block(const Problem<T>& g, const Panels<compute_t<T>>& panels, cons
         const C* columns = nullptr;
         int64_t column_step = width;
         if (g.weights_in_place) {
-          if constexpr (__is_same(T, C)) columns = from.data + m + c0 * from.stride_c + g.taps[0].weight;
+          if constexpr (__is_same(T, C)) columns = from.data + m + c0 * from.stride_c + g.taps[t0].weight;
           column_step = from.stride_c;
         } else {
           columns = panel_weights(m, width);
+        }
+        // Weights that lie in memory are called to L2 a panel ahead.
+        Ahead next;
+        if constexpr (__is_same(T, C)) {
+          if (g.weights_in_place && !last_chunk) {
+            const bool more = panel + 1 < last_panel, more_taps = t0 + 1 < l.count;
+            const int64_t next_panel = more ? panel + 1 : first_panel, next_t = more ? t0 : more_taps ? t0 + 1 : 0;
+            const int64_t next_c = more || more_taps ? c0 : c1;
+            const int64_t size = static_cast<int64_t>(sizeof(C));
+            next = {reinterpret_cast<const char*>(from.data + panels.begin(next_panel) + next_c * from.stride_c +
+                                                  g.taps[next_t].weight),
+                    min64(g.chunk_channels, g.in_channels - next_c), from.stride_c * size,
+                    panels.width(next_panel) * size};
+          }
         }
         const int vecs = static_cast<int>(width / lanes<C>);
         for (int64_t at = 0; at < pixels; at += kTileRows) {
@@ -454,18 +468,28 @@ void compute_block(const Problem<T>& g, const Panels<compute_t<T>>& panels, cons
                          chunk.lattice.count / g.filter_columns, to);
             continue;
           }
+          const auto multiply = [&](const auto& rows) {
+            gemm_tile<C>(row_count, vecs, rows, columns, column_step, terms, 1, to, kFlushNhwc);
+          };
+          const PanelRows<C> ahead = next.rows_of_tile(at / kTileRows, terms, columns, 0);
           if constexpr (__is_same(T, C)) {
             if (in_place && !in_rows) {
-              const OffsetRows<C> rows{g.input + c0, offset + at, 1, 0};
-              gemm_tile<C>(row_count, vecs, rows, columns, column_step, terms, 1, to, kFlushNhwc);
+              if (ahead.ahead_step)
+                multiply(FetchingRows<C>{g.input + c0, offset + at, 1, 0, ahead.ahead, ahead.ahead_step});
+              else
+                multiply(OffsetRows<C>{g.input + c0, offset + at, 1, 0});
               continue;
             }
           }
           PitchedRows<C> rows{packed + at * terms, terms};
           if constexpr (__is_same(T, C)) {
             if (in_rows) rows = {g.input + (begin + at) * g.in.w + c0, g.in.w};
+            if (in_rows && ahead.ahead_step) {
+              multiply(LineRows<C>{rows.base, rows.pitch, ahead.ahead, ahead.ahead_step});
+              continue;
+            }
           }
-          gemm_tile<C>(row_count, vecs, rows, columns, column_step, terms, 1, to, kFlushNhwc);
+          multiply(rows);
         }
       }
     }
@@ -558,7 +582,8 @@ void run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
   // Weights that few blocks of pixels share are packed by each task, chunk by chunk, and never leave its cache.
   const int64_t block_channels = ceil_div(panels.count, filter_blocks) * max64(kTileRows, kTileColumns<C>);
   const int64_t chunk_weights_size = round_up(block_channels * g.chunk_channels * count, 64);
-  g.weights_in_place = __is_same(T, C) && count == 1 && pixel_blocks <= kFewBlocks &&
+  g.weights_in_place = __is_same(T, C) && lattice.count > 0 && g.chunk_taps == 1 &&
+                       pixel_blocks <= (count == 1 ? kFewBlocks : 1) &&
                        (p.layout == Layout::nchw ? all_weights.stride_m == 1 || all_weights.stride_c == 1
                                                  : all_weights.stride_m == 1 && g.out_channels % lanes<C> == 0);
   const bool pack_all = !g.weights_in_place && (pixel_blocks > kFewBlocks || chunk_weights_size > kChunkWeights);

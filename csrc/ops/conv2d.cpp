@@ -132,6 +132,23 @@ bool has_few_planes(const Conv2dParams& p) {
 // Rows that fill vectors of 16 pixels.
 bool has_few_planes_of_16(const Conv2dParams& p) { return has_few_planes(p) && 8 * round_up(p.q, 16) <= 9 * p.q; }
 
+// NCHW, 1x1 on small planes, or strides: limits as measured on AVX-512. Where windows overlap, the sums of whole images must
+// fit L2, and be small beside the problem.
+bool columns_pay(const Conv2dParams& p) {
+  constexpr int64_t kLeastChannels = 16, kFewPixels = 64, kMostPlane = 256;    // 1x1
+  constexpr int64_t kLeastStridedChannels = 64, kMostOverlappingPixels = 400;  // strides
+  const int64_t taps = p.r * p.s, plane = p.p * p.q;
+  if (p.layout != Layout::nchw || p.groups != 1 || min64(p.c, p.k) < kLeastChannels) return false;
+  if (p.n * plane * p.h * p.w == 0 || p.weight_stride[1] != taps || (p.r > 1 && p.weight_stride[2] != p.s) ||
+      (p.s > 1 && p.weight_stride[3] != 1))
+    return false;
+  if (p.stride_h == 1 && p.stride_w == 1)
+    return is_pointwise(p) && p.p == p.h && p.q == p.w && plane <= kMostPlane && p.n * plane > kFewPixels;
+  const bool overlap =
+      p.pad_h || p.pad_w || (p.r - 1) * p.dilation_h >= p.stride_h || (p.s - 1) * p.dilation_w >= p.stride_w;
+  return min64(p.c, p.k) >= kLeastStridedChannels && (!overlap || plane <= kMostOverlappingPixels);
+}
+
 // NCHW rows much shorter than a tile of pixels: transposing the images costs less than tiles that are not full. Limits as
 // measured on AVX-512 over the layers of resnet50, convnext_tiny and some with kernels of 5x5.
 bool short_rows_pay(const Conv2dParams& p, bool strided_rows_are_short) {

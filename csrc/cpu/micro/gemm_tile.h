@@ -2,13 +2,15 @@
 //
 //   c[i][:] (+)= sum over kk < len of a(i, kk) * b[kk][:]          summed over `runs` such runs, a and b moving on between
 //
-// where a is broadcast and b is a panel of contiguous vectors. Six ways to read `a` serve all passes:
+// where a is broadcast and b is a panel of contiguous vectors. Seven ways to read `a` serve all passes:
 //   PackedRows    a(i, kk) = base[kk * kStride + i]       weights packed for NCHW outputs
 //   PitchedRows   a(i, kk) = base[i * pitch + kk]         pixels of channels_last images
 //   ColumnRows    a(i, kk) = base[kk * pitch + i]         the same for weight gradients, whose reduction is over pixels
 //   PanelRows     ColumnRows that meanwhile call something else from memory
+//   LineRows      PitchedRows that do
 //   OffsetRows    a(i, kk) = base[offset[i] + kk * step]  (tap, channel) pairs of an image strip, for weight gradients
-//   FetchingRows  OffsetRows that meanwhile call something else from memory
+//   FetchingRows  OffsetRows that do
+// CopyingRows are any of these that leave a copy of b behind.
 //
 // The tile is as large as the registers allow: kTileRows * kTileVecs accumulators, kTileVecs loads of b and one broadcast.
 #pragma once
@@ -60,6 +62,15 @@ struct PanelRows {
   [[gnu::always_inline]] C at(int i, int64_t kk) const { return base[kk * pitch + i]; }
 };
 template <class C>
+struct LineRows {
+  const C* base;
+  int64_t pitch;
+  const char* ahead;  // as in PanelRows
+  int64_t ahead_step;
+  static constexpr int64_t run = 0;
+  [[gnu::always_inline]] C at(int i, int64_t kk) const { return base[i * pitch + kk]; }
+};
+template <class C>
 struct OffsetRows {
   const C* base;
   const int64_t* offset;
@@ -77,6 +88,11 @@ struct FetchingRows {
   const char* ahead;  // as in PanelRows
   int64_t ahead_step;
   [[gnu::always_inline]] C at(int i, int64_t kk) const { return base[offset[i] + kk * step]; }
+};
+
+template <class C, class Rows>
+struct CopyingRows : Rows {
+  C* copy;  // vectors of b, one after another
 };
 
 // What is packed next: rows of `bytes` bytes, `step` bytes apart. Tiles of `length` terms call it from memory while they
@@ -121,13 +137,17 @@ void gemm_tile(Rows a, const C* b, int64_t b_step, int64_t len, int64_t runs, co
     for (int64_t begin = 0; begin < len;) {
       const int64_t end = begin + flush < len ? begin + flush : len;
       for (int64_t kk = begin; kk < end; ++kk, b += b_step) {
-        if constexpr (__is_same(Rows, PanelRows<C>) || __is_same(Rows, FetchingRows<C>))
-          __builtin_prefetch(a.ahead + kk * a.ahead_step, 0, 2);
+        if constexpr (requires { a.ahead; }) __builtin_prefetch(a.ahead + kk * a.ahead_step, 0, 2);
         if constexpr (__is_same(Rows, PitchedRows<C>))  // the next tile's rows, if they follow each other without a gap
           __builtin_prefetch(a.base + kTileRows * (a.pitch + kk), 0, 3);
         vec<C> bv[kVecs];
 #pragma GCC unroll 4
         for (int v = 0; v < kVecs; ++v) bv[v] = load(b + v * lanes<C>);
+        if constexpr (requires { a.copy; }) {
+#pragma GCC unroll 4
+          for (int v = 0; v < kVecs; ++v) store(a.copy + v * lanes<C>, bv[v]);
+          a.copy += kVecs * lanes<C>;
+        }
 #pragma GCC unroll 8
         for (int i = 0; i < kRows; ++i) {
           const C av = a.at(i, kk);
@@ -146,6 +166,8 @@ void gemm_tile(Rows a, const C* b, int64_t b_step, int64_t len, int64_t runs, co
           aside[i][v] = flushed ? aside[i][v] + sum[i][v] : sum[i][v];
           sum[i][v] = vec<C>{};
         }
+      // They stay in memory: in registers they would drive b out of them, in smaller tiles than the largest.
+      asm volatile("" : "+m"(aside));
       flushed = true;
     }
   }

@@ -60,18 +60,20 @@ if(NOT CNNOPS_CUDA STREQUAL "OFF")
   include(CheckLanguage)
   check_language(CUDA)
   if(CMAKE_CUDA_COMPILER)
-    # Machine code for the GPUs that are tuned for, and PTX that the driver compiles for later ones. The kernels need
-    # sm_80 (cp.async, mma.sync for bfloat16).
-    set(CNNOPS_CUDA_ARCHITECTURES "80-real;89-real;90a-real;90-virtual" CACHE STRING
-        "CUDA architectures, as in CMAKE_CUDA_ARCHITECTURES; 80 at least")
-    set(CMAKE_CUDA_ARCHITECTURES ${CNNOPS_CUDA_ARCHITECTURES})
+    # Machine code for the GPUs that are tuned for, and PTX that the driver compiles for later ones. All from PTX for
+    # sm_80, which the kernels need (cp.async, mma.sync for bfloat16): they use nothing later, and PTX for each
+    # architecture would be the same text, at two to four seconds a source and architecture.
+    set(CNNOPS_CUDA_CAPABILITIES "80;89;90" CACHE STRING "Compute capabilities to have machine code for; 80 at least")
+    list(TRANSFORM CNNOPS_CUDA_CAPABILITIES PREPEND sm_ OUTPUT_VARIABLE CNNOPS_CUDA_CODE)
+    list(APPEND CNNOPS_CUDA_CODE compute_80)
+    set(CMAKE_CUDA_ARCHITECTURES OFF)
     set(CMAKE_CUDA_STANDARD 20)
     set(CMAKE_CUDA_STANDARD_REQUIRED ON)
     set(CMAKE_CUDA_EXTENSIONS OFF)
     set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
     set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
     enable_language(CUDA)
-    if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12)  # C++20, sm_90a
+    if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12)  # C++20
       set(CNNOPS_HAS_CUDA ON)
     elseif(CNNOPS_CUDA STREQUAL "ON")
       message(FATAL_ERROR
@@ -126,11 +128,11 @@ function(cnnops_add_module target)
   endforeach()
   if(CNNOPS_HAS_CUDA)
     add_library(cnnops_cuda OBJECT csrc/cuda/runtime.cu)
-    string(REPLACE ";" "\\;" architectures "${CNNOPS_CUDA_ARCHITECTURES}")
+    string(REPLACE ";" "," code "${CNNOPS_CUDA_CODE}")
     target_include_directories(cnnops_cuda PRIVATE csrc)
     target_compile_definitions(cnnops_cuda PRIVATE
-      CNNOPS_ISA=cuda CNNOPS_DEVICE_SOURCE=1 "CNNOPS_CUDA_ARCHITECTURES=\"${architectures}\"")
-    target_compile_options(cnnops_cuda PRIVATE -O3)
+      CNNOPS_ISA=cuda CNNOPS_DEVICE_SOURCE=1 CNNOPS_CUDA_CODE="${code}")
+    target_compile_options(cnnops_cuda PRIVATE -O3 "--generate-code=arch=compute_80,code=[${code}]")
     if(CNNOPS_EMULATION)  # tests/test_cuda_build.py looks for register spills in what ptxas says
       target_compile_options(cnnops_cuda PRIVATE -Xptxas=-v)
       set_target_properties(cnnops_cuda PROPERTIES

@@ -164,7 +164,7 @@ def info() -> Info:
             "built": cuda_build is not None,
             "reason": "" if cuda_build else "this build has no CUDA kernels",
             "compiler": cuda_build["compiler"] if cuda_build else None,
-            "architectures": cuda_build["architectures"].split(";") if cuda_build else [],
+            "architectures": cuda_build["architectures"].split(",") if cuda_build else [],
             "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
         torch={

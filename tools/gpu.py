@@ -115,7 +115,6 @@ def build(options: argparse.Namespace) -> int:
     import torch
 
     major, minor = torch.cuda.get_device_capability() if options.device == "cuda" else (9, 0)
-    architecture = f"{major}{minor}{'a' if (major, minor) == (9, 0) else ''}-real"
     version = next(line for line in (ROOT / "pyproject.toml").read_text().splitlines() if line.startswith("version = "))
     folder = ROOT / "build" / "gpu"
     began = time.monotonic()
@@ -123,7 +122,7 @@ def build(options: argparse.Namespace) -> int:
         options.limit["build"],
         "cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
         f"-DSKBUILD_PROJECT_VERSION={version.split(chr(34))[1]}", "-DCNNOPS_CUDA=ON",
-        f"-DCNNOPS_CUDA_ARCHITECTURES={architecture}", f"-DPython_EXECUTABLE={sys.executable}",
+        f"-DCNNOPS_CUDA_CAPABILITIES={major}{minor}", f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={ROOT / 'cnnops'}",
     ) or run(options.limit["build"] + began - time.monotonic(), "cmake", "--build", str(folder))  # fmt: skip
 

@@ -2,6 +2,8 @@
 // memory is an exception of the calling thread. Internal linkage: kernels of all instruction sets include this.
 #pragma once
 
+#include <omp.h>
+
 #include <cstdint>
 
 #include "common/arith.h"
@@ -44,6 +46,28 @@ struct Arena {
     used += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
     return out;
   }
+};
+
+// The arrays of each thread of a parallel region: lay_out(arena) takes them and returns where they are.
+template <class LayOut>
+class ThreadScratch {
+ public:
+  ThreadScratch(int threads, const LayOut& lay_out) : lay_out_(lay_out), pieces_(threads, bytes(lay_out)) {}
+  // Those of the calling thread.
+  auto mine() const {
+    Arena arena{static_cast<char*>(pieces_.piece(omp_get_thread_num()))};
+    return lay_out_(arena);
+  }
+
+ private:
+  static int64_t bytes(const LayOut& lay_out) {
+    Arena arena{nullptr};
+    lay_out(arena);
+    return arena.used;
+  }
+
+  LayOut lay_out_;
+  ScratchPieces pieces_;
 };
 
 }  // namespace

@@ -38,23 +38,18 @@ void forward_nchw(const AvgPool2dParams& p) {
     C *sums, *columns, *counts;
     int64_t* tap_at;
   };
-  const auto lay_out = [&](Arena arena, int64_t* bytes) {
+  const ThreadScratch scratch(p.threads, [&](Arena& arena) {
     Piece s;
     s.sums = arena.take<C>(round_up(p.w, lanes<C>));
     s.columns = arena.take<C>(phases.size());
     s.counts = arena.take<C>(width);
     s.tap_at = arena.take<int64_t>(p.kernel_w);
-    *bytes = arena.used;
     return s;
-  };
-  int64_t bytes;
-  lay_out(Arena{nullptr}, &bytes);
-  const ScratchPieces scratch(p.threads, bytes);
+  });
 
 #pragma omp parallel num_threads(p.threads)
   {
-    int64_t ignored;
-    const Piece s = lay_out(Arena{static_cast<char*>(scratch.piece(omp_get_thread_num()))}, &ignored);
+    const Piece s = scratch.mine();
     phases.fill(s.columns, 0);
     for (int64_t t = 0; t < p.kernel_w; ++t) s.tap_at[t] = phases.at(t);
     for (int64_t q = 0; q < width; ++q) s.counts[q] = static_cast<C>(q < p.q ? columns_counted(p, q) : 1);
@@ -106,7 +101,7 @@ void backward_nchw(const AvgPool2dParams& p) {
     I *lane, *reached;
     int64_t *held, *base, *p0, *p1;
   };
-  const auto lay_out = [&](Arena arena, int64_t* bytes) {
+  const ThreadScratch scratch(p.threads, [&](Arena& arena) {
     Piece s;
     s.windows = arena.take<C>(ring * length);
     s.sums = arena.take<C>(length);
@@ -117,17 +112,12 @@ void backward_nchw(const AvgPool2dParams& p) {
     s.base = arena.take<int64_t>(width / lanes<C>);
     s.p0 = arena.take<int64_t>(p.h);
     s.p1 = arena.take<int64_t>(p.h);
-    *bytes = arena.used;
     return s;
-  };
-  int64_t bytes;
-  lay_out(Arena{nullptr}, &bytes);
-  const ScratchPieces scratch(p.threads, bytes);
+  });
 
 #pragma omp parallel num_threads(p.threads)
   {
-    int64_t ignored;
-    const Piece s = lay_out(Arena{static_cast<char*>(scratch.piece(omp_get_thread_num()))}, &ignored);
+    const Piece s = scratch.mine();
     for (int64_t i = 0; i < ring * length; ++i) s.windows[i] = 0;
     for (int64_t i = 0; i < length; ++i) s.sums[i] = 0;
     for (int64_t h = 0; h < p.h; ++h) {
@@ -282,21 +272,16 @@ void backward_nhwc(const AvgPool2dParams& p) {
     C* scale;
     double* per_column;  // 1 / columns_counted
   };
-  const auto lay_out = [&](Arena arena, int64_t* bytes) {
+  const ThreadScratch scratch(p.threads, [&](Arena& arena) {
     Piece s;
     s.at = arena.take<int64_t>(windows);
     s.scale = arena.take<C>(windows);
     s.per_column = arena.take<double>(p.q);
-    *bytes = arena.used;
     return s;
-  };
-  int64_t bytes;
-  lay_out(Arena{nullptr}, &bytes);
-  const ScratchPieces scratch(p.threads, bytes);
+  });
 #pragma omp parallel num_threads(p.threads)
   {
-    int64_t ignored;
-    const Piece s = lay_out(Arena{static_cast<char*>(scratch.piece(omp_get_thread_num()))}, &ignored);
+    const Piece s = scratch.mine();
     for (int64_t q = 0; q < p.q; ++q) s.per_column[q] = 1.0 / static_cast<double>(columns_counted(p, q));
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < p.n * p.h; ++row) {

@@ -734,7 +734,7 @@ bool run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
   const int64_t strip_part = needs_strip(g) ? strip_size(g, block_pixels) : 0;
   const bool in_place = reads_in_place(g);
   const int64_t chunk_taps = ceil_div(lattice.count, g.tap_groups);
-  const auto lay_out = [&](Arena arena, Workspace* work) {
+  const ThreadScratch scratch(p.threads, [&](Arena& arena) {
     uint16_t* const pixel_data = arena.take<uint16_t>(in_place ? 0 : kParts * block_pixels * chunk_terms);
     uint16_t* const weights = arena.take<uint16_t>(share ? 0 : kParts * block_channels * chunk_terms);
     uint16_t* const rows = arena.take<uint16_t>(nchw ? 0 : kParts * kDotColumns * chunk_terms);
@@ -743,11 +743,9 @@ bool run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
     const auto zero_tiles = arena.take<uint8_t>(in_place ? kBlockPixels / kDotRows * chunk_taps : 0);
     uint16_t* const strip = arena.take<uint16_t>(kParts * strip_part);
     float* const sums = arena.take<float>(block_pixels * block_channels);
-    if (work)
-      *work = {pixel_data, weights, rows, zeros, pieces, zero_tiles, Strip{strip, strip_part, 0, 0, 0, 0, 0}, sums};
-    return arena.used;
-  };
-  const ScratchPieces pieces(p.threads, lay_out(Arena{nullptr}, nullptr));
+    return Workspace{pixel_data, weights, rows, zeros, pieces, zero_tiles, Strip{strip, strip_part, 0, 0, 0, 0, 0},
+                     sums};
+  });
   const auto group_of = [&](int64_t group) {
     Problem<T> mine = g;
     mine.input = static_cast<const T*>(transposed ? p.y : p.x) + group * g.in_channels * g.in.c;
@@ -761,8 +759,7 @@ bool run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
   int any_unfit = 0;
 #pragma omp parallel num_threads(p.threads) reduction(| : any_unfit)
   {
-    Workspace work;
-    lay_out(Arena{static_cast<char*>(pieces.piece(omp_get_thread_num()))}, &work);
+    Workspace work = scratch.mine();
     if (in_place) zero_bits(work.zeros, g.group_channels);
     [[maybe_unused]] const DotUnit unit;
     bool unfit = false;

@@ -295,20 +295,17 @@ bool weight_grad(const Conv2dParams& p) {
   }
   const Plan g = plan_of(p, dot_chunk(kProducts));
   const int64_t blocks = p.groups * g.row_blocks * g.column_blocks, z_size = round_up(g.rows * g.columns, 64);
-  const auto lay_out = [&](Arena arena, Workspace* work) {
+  const ThreadScratch scratch(p.threads, [&](Arena& arena) {
     uint16_t* const a = arena.take<uint16_t>(kParts * g.rows * g.chunk);
     uint16_t* const b = arena.take<uint16_t>(kParts * g.columns * g.chunk);
     uint16_t* const turned = arena.take<uint16_t>(kParts * max64(kTurn, kDotColumns) * g.chunk);
-    if (work) *work = {a, b, turned};
-    return arena.used;
-  };
-  const ScratchPieces pieces(p.threads, lay_out(Arena{nullptr}, nullptr));
+    return Workspace{a, b, turned};
+  });
   const Scratch<float> partial(blocks * g.slices * z_size);
   int any_unfit = 0;
 #pragma omp parallel num_threads(p.threads) reduction(| : any_unfit)
   {
-    Workspace work;
-    lay_out(Arena{static_cast<char*>(pieces.piece(omp_get_thread_num()))}, &work);
+    const Workspace work = scratch.mine();
     [[maybe_unused]] const DotUnit unit;
     bool unfit = false;
 #pragma omp for schedule(dynamic, 1)

@@ -420,16 +420,14 @@ bool run(const Conv2dParams& p, bool transposed, int64_t flush) {
   const int64_t m_pitch = nchw ? kTiles : block_panels * widest;
   const int64_t m_step = (nchw ? block_panels * widest : kTiles) * m_pitch + kPad;
   const int64_t panel_u = kFrequencies * u_step<C>(g.chunk, widest);
-  const auto lay_out = [&](Arena arena, Workspace<T>* w) {
+  const ThreadScratch scratch(p.threads, [&](Arena& arena) {
     C* const v = arena.take<C>(v_size + lanes<C>);
     C* const m = arena.take<C>(kFrequencies * m_step);
     C* const u = share_u ? nullptr : arena.take<C>(block_panels * panel_u);
     float* const sums = arena.take<float>(4 * kTiles);
     float* const filter_sums = arena.take<float>(block_panels * 9 * widest);
-    if (w) *w = {v, m, u, sums, filter_sums};
-    return arena.used;
-  };
-  const ScratchPieces pieces(p.threads, lay_out(Arena{nullptr}, nullptr));
+    return Workspace<T>{v, m, u, sums, filter_sums};
+  });
   Scratch<T> zeros(g.in_channels);
   for (int64_t i = 0; i < g.in_channels; ++i) store_scalar(zeros.data + i, C{0});
 
@@ -451,8 +449,7 @@ bool run(const Conv2dParams& p, bool transposed, int64_t flush) {
   int unfit = 0;
 #pragma omp parallel num_threads(p.threads) reduction(| : unfit)
   {
-    Workspace<T> mine;
-    lay_out(Arena{static_cast<char*>(pieces.piece(omp_get_thread_num()))}, &mine);
+    Workspace<T> mine = scratch.mine();
     if (share_u) {
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < p.groups * panels.count; ++i) {

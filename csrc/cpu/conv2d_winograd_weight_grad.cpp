@@ -233,16 +233,14 @@ bool run(const Conv2dParams& p) {
   struct Pieces {
     C *v, *w, *z, *x_strip, *dy_strip;
   };
-  const auto lay_out = [&](Arena arena, Pieces* pieces) {
+  const ThreadScratch scratch(p.threads, [&](Arena& arena) {
     C* const v = arena.take<C>(kFrequencies * g.v_step);
     C* const w = arena.take<C>(kFrequencies * g.w_step);
     C* const z = g.slices > 1 ? nullptr : arena.take<C>(z_size);
     C* const x_strip = nchw ? arena.take<C>(g.strip_rows * p.w * g.channels) : nullptr;
     C* const dy_strip = nchw ? arena.take<C>(g.strip_rows * p.w * k_pitch) : nullptr;
-    if (pieces) *pieces = {v, w, z, x_strip, dy_strip};
-    return arena.used;
-  };
-  const ScratchPieces scratch(p.threads, lay_out(Arena{nullptr}, nullptr));
+    return Pieces{v, w, z, x_strip, dy_strip};
+  });
   const int64_t zero_count = max64(g.channels, k_pitch);
   Scratch<C> zeros(zero_count);  // zero in every storage type
   zero_run(zeros.data, zero_count);
@@ -250,8 +248,7 @@ bool run(const Conv2dParams& p) {
   int unfit = 0;
 #pragma omp parallel num_threads(p.threads) reduction(| : unfit)
   {
-    Pieces mine;
-    lay_out(Arena{static_cast<char*>(scratch.piece(omp_get_thread_num()))}, &mine);
+    const Pieces mine = scratch.mine();
 #pragma omp for schedule(dynamic, 1)
     for (int64_t index = 0; index < blocks * g.slices; ++index) {
       const int64_t block = index / g.slices, slice = index % g.slices;

@@ -183,21 +183,16 @@ void backward_nchw_strips(const IndexPool2dParams& p) {
     C* dy;
     uint8_t* choice;
   };
-  const auto lay_out = [&](Arena arena, int64_t* bytes) {
+  const ThreadScratch scratch(p.threads, [&](Arena& arena) {
     Piece s;
     s.dy = arena.take<C>(copied);
     s.choice = arena.take<uint8_t>(copied);
-    *bytes = arena.used;
     return s;
-  };
-  int64_t bytes;
-  lay_out(Arena{nullptr}, &bytes);
-  const ScratchPieces scratch(p.threads, bytes);
+  });
 
 #pragma omp parallel num_threads(p.threads)
   {
-    int64_t ignored;
-    const Piece s = lay_out(Arena{static_cast<char*>(scratch.piece(omp_get_thread_num()))}, &ignored);
+    const Piece s = scratch.mine();
     for (int64_t i = 0; i < copied; ++i) s.dy[i] = 0, s.choice[i] = kNoOffset;
 
 #pragma omp for schedule(static)
@@ -251,23 +246,18 @@ void backward_nchw_scatter(const IndexPool2dParams& p) {
     C* sums;
     int64_t *step, *begin, *end;
   };
-  const auto lay_out = [&](Arena arena, int64_t* bytes) {
+  const ThreadScratch scratch(p.threads, [&](Arena& arena) {
     Piece s;
     s.sums = arena.take<C>(in_place ? 0 : round_up(cells, lanes<C>));
     s.step = arena.take<int64_t>(kIndices ? 0 : offsets);
     s.begin = arena.take<int64_t>(kIndices ? p.q : 0);
     s.end = arena.take<int64_t>(kIndices ? p.q : 0);
-    *bytes = arena.used;
     return s;
-  };
-  int64_t bytes;
-  lay_out(Arena{nullptr}, &bytes);
-  const ScratchPieces scratch(p.threads, bytes);
+  });
 
 #pragma omp parallel num_threads(p.threads)
   {
-    int64_t ignored;
-    const Piece s = lay_out(Arena{static_cast<char*>(scratch.piece(omp_get_thread_num()))}, &ignored);
+    const Piece s = scratch.mine();
     if constexpr (kIndices) {
       for (int64_t q = 0; q < p.q; ++q) {
         s.begin[q] = p.adaptive ? adaptive_start(q, p.w, p.q) : q * v.stride_w - v.pad_w;
@@ -540,21 +530,16 @@ void backward_nhwc_blocks(const IndexPool2dParams& p) {
     uint8_t* nothing;
     T* aside;
   };
-  const auto lay_out = [&](Arena arena, int64_t* bytes) {
+  const ThreadScratch scratch(p.threads, [&](Arena& arena) {
     Piece s;
     s.nothing = arena.take<uint8_t>(p.c);
     s.aside = arena.take<T>((staged ? kStride * B::kPixels : 1) * p.c);
-    *bytes = arena.used;
     return s;
-  };
-  int64_t bytes;
-  lay_out(Arena{nullptr}, &bytes);
-  const ScratchPieces scratch(p.threads, bytes);
+  });
 
 #pragma omp parallel num_threads(p.threads)
   {
-    int64_t ignored;
-    const Piece s = lay_out(Arena{static_cast<char*>(scratch.piece(omp_get_thread_num()))}, &ignored);
+    const Piece s = scratch.mine();
     std::memset(s.nothing, kNoOffset, static_cast<size_t>(p.c));
 #pragma omp for schedule(static)
     for (int64_t unit = 0; unit < p.n * rows; ++unit) {
@@ -612,24 +597,19 @@ void backward_nhwc(const IndexPool2dParams& p) {
     int64_t *q0, *q1;              // the windows over each column
     int64_t *offset_h, *offset_w;  // what a tap so many cells into a window adds to an offset; negative between taps
   };
-  const auto lay_out = [&](Arena arena, int64_t* bytes) {
+  const ThreadScratch scratch(p.threads, [&](Arena& arena) {
     Piece s;
     s.holders = arena.take<Holder>(min64(most, p.p * p.q));
     s.q0 = arena.take<int64_t>(p.w);
     s.q1 = arena.take<int64_t>(p.w);
     s.offset_h = arena.take<int64_t>(kIndices ? 0 : reach_h);
     s.offset_w = arena.take<int64_t>(kIndices ? 0 : reach_w);
-    *bytes = arena.used;
     return s;
-  };
-  int64_t bytes;
-  lay_out(Arena{nullptr}, &bytes);
-  const ScratchPieces scratch(p.threads, bytes);
+  });
 
 #pragma omp parallel num_threads(p.threads)
   {
-    int64_t ignored;
-    const Piece s = lay_out(Arena{static_cast<char*>(scratch.piece(omp_get_thread_num()))}, &ignored);
+    const Piece s = scratch.mine();
     for (int64_t w = 0; w < p.w; ++w) {
       s.q0[w] = p.adaptive ? adaptive_first(w, p.w, p.q) : first_window(w, v.pad_w, reach_w, v.stride_w);
       s.q1[w] = p.adaptive ? adaptive_last(w, p.w, p.q) : last_window(w, v.pad_w, v.stride_w, p.q);

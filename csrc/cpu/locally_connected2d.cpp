@@ -528,21 +528,16 @@ void weight_grad_of_images(const Params& p) {
     C *dy, *patch;  // [vector of filters][image][filter]; [group of images][element][image]
     T* rows;        // [filter][element]
   };
-  const auto lay_out = [&](Arena arena, int64_t* bytes) {
+  const ThreadScratch scratch(p.threads, [&](Arena& arena) {
     Piece s;
     s.dy = arena.take<C>(vectors * groups * kLanes * kLanes);
     s.patch = arena.take<C>(groups * kWidth * kLanes);
     s.rows = arena.take<T>(kLanes * kWidth);
-    *bytes = arena.used;
     return s;
-  };
-  int64_t bytes;
-  lay_out(Arena{nullptr}, &bytes);
-  const ScratchPieces scratch(p.threads, bytes);
+  });
 #pragma omp parallel num_threads(p.threads)
   {
-    int64_t ignored;
-    const Piece s = lay_out(Arena{static_cast<char*>(scratch.piece(omp_get_thread_num()))}, &ignored);
+    const Piece s = scratch.mine();
 #pragma omp for schedule(static)
     for (int64_t at = 0; at < images.rows(); ++at) images.take(static_cast<const T*>(p.x), at);
 #pragma omp for schedule(static)

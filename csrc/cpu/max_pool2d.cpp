@@ -91,7 +91,7 @@ void forward_nchw(const MaxPool2dParams& p) {
     I *choices, *first, *base;
     int64_t* tap_at;
   };
-  const auto lay_out = [&](Arena arena, int64_t* bytes) {
+  const ThreadScratch scratch(p.threads, [&](Arena& arena) {
     Piece s;
     s.cells = arena.take<C>(2 * phases.size());
     s.rows = arena.take<C>(held * width);
@@ -99,17 +99,12 @@ void forward_nchw(const MaxPool2dParams& p) {
     s.first = arena.take<I>(width);
     s.base = arena.take<I>(width);
     s.tap_at = arena.take<int64_t>(v.kernel_w);
-    *bytes = arena.used;
     return s;
-  };
-  int64_t bytes;
-  lay_out(Arena{nullptr}, &bytes);
-  const ScratchPieces scratch(p.threads, bytes);
+  });
 
 #pragma omp parallel num_threads(p.threads)
   {
-    int64_t ignored;
-    const Piece s = lay_out(Arena{static_cast<char*>(scratch.piece(omp_get_thread_num()))}, &ignored);
+    const Piece s = scratch.mine();
     for (int64_t i = 0; i < 2; ++i) phases.fill(s.cells + i * phases.size(), kLowest<C>);
     for (int64_t i = 0; i < v.kernel_w; ++i) s.tap_at[i] = phases.at(i * v.dilation_w);
     for (int64_t q = 0; q < width; ++q) {
@@ -321,22 +316,17 @@ void forward_nhwc_shared(const MaxPool2dParams& p) {
     uint8_t* choices;
     int64_t* row_at;  // of a window's rows
   };
-  const auto lay_out = [&](Arena arena, int64_t* bytes) {
+  const ThreadScratch scratch(p.threads, [&](Arena& arena) {
     Piece s;
     s.values = arena.take<C>(kernel * pitch);
     s.row_at = arena.take<int64_t>(kernel);
     s.choices = arena.take<uint8_t>(kPick ? kernel * pitch : 0);
-    *bytes = arena.used;
     return s;
-  };
-  int64_t bytes;
-  lay_out(Arena{nullptr}, &bytes);
-  const ScratchPieces scratch(p.threads, bytes);
+  });
 
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t unit = 0; unit < p.n * units_each; ++unit) {
-    int64_t ignored;
-    const Piece s = lay_out(Arena{static_cast<char*>(scratch.piece(omp_get_thread_num()))}, &ignored);
+    const Piece s = scratch.mine();
     const int64_t n = unit / units_each, from = unit % units_each * unit_rows, to = min64(from + unit_rows, p.p);
     const T* const image = static_cast<const T*>(p.x) + n * p.h * p.w * p.c;
     int64_t done = 0;  // the rows above are kept, or no longer needed

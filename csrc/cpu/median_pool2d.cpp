@@ -180,24 +180,19 @@ void forward_nchw(const MedianPool2dParams& p, const RowsOf<C> images) {
     I *base, *columns;
     int64_t* held_row;
   };
-  const auto lay_out = [&](Arena arena, int64_t* bytes) {
+  const ThreadScratch scratch(p.threads, [&](Arena& arena) {
     Piece s;
     s.rows = arena.take<C>(v.kernel_h * phases.size());
     s.made = arena.take<C>(width);
     s.base = arena.take<I>(width);
     s.columns = arena.take<I>(width);
     s.held_row = arena.take<int64_t>(v.kernel_h);
-    *bytes = arena.used;
     return s;
-  };
-  int64_t bytes;
-  lay_out(Arena{nullptr}, &bytes);
-  const ScratchPieces scratch(p.threads, bytes);
+  });
 
 #pragma omp parallel num_threads(p.threads)
   {
-    int64_t ignored;
-    const Piece s = lay_out(Arena{static_cast<char*>(scratch.piece(omp_get_thread_num()))}, &ignored);
+    const Piece s = scratch.mine();
     for (int64_t i = 0; i < v.kernel_h; ++i) phases.fill(s.rows + i * phases.size(), 0);
     int64_t tap_at[kMostVectors];
     for (int i = 0; i < kernel_w; ++i) tap_at[i] = phases.at(i * v.dilation_w);
@@ -471,20 +466,15 @@ void forward_large(const MedianPool2dParams& p) {
     C* values;
     Cell* cells;
   };
-  const auto lay_out = [&](Arena arena, int64_t* bytes) {
+  const ThreadScratch scratch(p.threads, [&](Arena& arena) {
     Piece s;
     s.values = arena.take<C>(most);
     s.cells = arena.take<Cell>(most);
-    *bytes = arena.used;
     return s;
-  };
-  int64_t bytes;
-  lay_out(Arena{nullptr}, &bytes);
-  const ScratchPieces scratch(p.threads, bytes);
+  });
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t row = 0; row < rows; ++row) {
-    int64_t ignored;
-    const Piece s = lay_out(Arena{static_cast<char*>(scratch.piece(omp_get_thread_num()))}, &ignored);
+    const Piece s = scratch.mine();
     const T* const image = static_cast<const T*>(p.x) + row / p.p * p.h * p.w * channels;
     for (int64_t q = 0; q < p.q; ++q) {
       const int64_t count = list_cells(p, steps, row % p.p, q, channels, s.cells);

@@ -102,13 +102,10 @@ template <class C, class Set, class Read, class Write>
 void for_tall_rows(int threads, int64_t planes, int64_t rows, int64_t w, int64_t count, int64_t most, const Set& set,
                    const Read& read, const Write& write) {
   const int64_t unit_rows = rows_per_unit(planes, rows), units_each = ceil_div(rows, unit_rows);
-  Arena measured{nullptr};
-  const TallWindows<C> sizes(measured, w, count, most);
-  const ScratchPieces scratch(threads, measured.used);
+  const ThreadScratch scratch(threads, [&](Arena& arena) { return TallWindows<C>(arena, w, count, most); });
 #pragma omp parallel num_threads(threads)
   {
-    Arena arena{static_cast<char*>(scratch.piece(omp_get_thread_num()))};
-    TallWindows<C> windows(arena, w, count, most);
+    TallWindows<C> windows = scratch.mine();
     windows.clear();
     set(windows);
 #pragma omp for schedule(static)

@@ -48,6 +48,19 @@ __device__ A activate(A z, Activation activation) {
   return z;
 }
 
+// activate() of each of a thread's numbers, which go round through the first place, so that its code is there once.
+template <class A, int V>
+__device__ __forceinline__ void activate_each(A (&v)[V], Activation activation) {
+  if (activation == Activation::none) return;
+#pragma unroll 1
+  for (int i = 0; i < V; ++i) {
+    const A first = activate(v[0], activation);
+#pragma unroll
+    for (int j = 1; j < V; ++j) v[j - 1] = v[j];
+    v[V - 1] = first;
+  }
+}
+
 // d activate(z) / dz
 template <class A>
 __device__ A derivative(A z, Activation activation) {
@@ -98,6 +111,22 @@ __device__ __forceinline__ A activate_if(A z, Activation activation) {
     if (activation == Activation::none) return z;
     if (activation == Activation::leaky_relu) return z > 0 ? z : A(0.01) * z;
     return z < 0 ? A(0) : activation == Activation::relu6 && z > 6 ? A(6) : z;
+  }
+}
+// A simple one of rows of numbers, chosen once.
+template <class A, int rows, int V>
+__device__ __forceinline__ void activate_simply(A (&v)[rows][V], Activation activation) {
+  const auto each = [&](const auto& f) {
+#pragma unroll
+    for (int t = 0; t < rows; ++t)
+#pragma unroll
+      for (int i = 0; i < V; ++i) v[t][i] = f(v[t][i]);
+  };
+  if (activation == Activation::leaky_relu) {
+    each([](A z) { return z > 0 ? z : A(0.01) * z; });
+  } else if (activation != Activation::none) {
+    const A top = activation == Activation::relu6 ? A(6) : A(INFINITY);
+    each([top](A z) { return z < 0 ? A(0) : z > top ? top : z; });
   }
 }
 // The derivative of a simple one, which is the same at y as at z.

@@ -282,7 +282,7 @@ __global__ void __launch_bounds__(kThreads, 2) normalize_kernel(BatchNormParams 
   if (part.count == 0) return;
   Channel<A> k[W::channels];
   channels_of<W>(p, part.channel, k);
-#pragma unroll 2
+#pragma unroll(W::simple ? 2 : 1)
   for (int j = 0; j < part.count; ++j) {
     const int64_t at = part.begin + j * part.step;
     A v[V], residual[V];
@@ -332,7 +332,7 @@ __global__ void __launch_bounds__(kThreads, 2) gradient_sums_kernel(BatchNormPar
   if (part.count) {
     Channel<A> k[S];
     channels_of<W>(p, part.channel, k);
-#pragma unroll 2
+#pragma unroll(W::simple ? 2 : 1)
     for (int j = 0; j < part.count; ++j) {
       A x[V], dz[V];
       dz_at<T, W>(p, k, part.begin + j * part.step, x, dz);
@@ -387,7 +387,7 @@ __global__ void __launch_bounds__(kThreads, 2) gradient_kernel(BatchNormParams p
       mean_dot[s] = static_cast<A>(total[1] / static_cast<double>(t.pixels));
     }
   }
-#pragma unroll 2
+#pragma unroll(W::simple ? 2 : 1)
   for (int j = 0; j < part.count; ++j) {
     const int64_t at = part.begin + j * part.step;
     A x[V], dz[V];

@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, 2) product_kernel(Problem q) {
   // Where this thread reads: 4 places of each tile, along the reduction or along rows and columns.
   const int line = q.depth_first ? thread / kDepth : thread % kTile, line_step = q.depth_first ? kThreads / kDepth : 0;
   const int deep = q.depth_first ? thread % kDepth : thread / kTile, deep_step = q.depth_first ? 0 : kThreads / kTile;
-  A sum[4][4] = {};
+  A sum[16] = {};  // [4][4]
   const int ty = thread / 16, tx = thread % 16;
   for (int64_t depth = depth0; depth < depth1; depth += kDepth) {
 #pragma unroll
@@ -114,32 +114,34 @@ __global__ void __launch_bounds__(kThreads, 2) product_kernel(Problem q) {
 #pragma unroll
       for (int i = 0; i < 4; ++i)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) sum[i][j] += left[i] * right[j];
+        for (int j = 0; j < 4; ++j) sum[i * 4 + j] += left[i] * right[j];
     }
     __syncthreads();
   }
+  // One at a time, and the others move up: a copy for each would hold every activation.
+#pragma unroll 1
+  for (int i = 0; i < 16; ++i) {
+    const A v = sum[0];
 #pragma unroll
-  for (int i = 0; i < 4; ++i)
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int64_t row = row0 + ty * 4 + i, column = column0 + tx + 16 * j;
-      if (row >= q.rows || column >= q.columns) continue;
-      if constexpr (pass == Pass::forward) {
-        const Place3 out = pixel_at(row, p.p, p.q);
-        finish<T>(p, sum[i][j], k0 + column, offset(q.y, out.n, k0 + column, out.h, out.w));
-      } else if constexpr (pass == Pass::input_grad) {
-        const Place3 in = pixel_at(row, p.h, p.w);
-        const A bias = p.bias ? load(static_cast<const T*>(p.bias) + c0 + column) : A(0);
-        store(static_cast<T*>(p.x) + offset(q.x, in.n, c0 + column, in.h, in.w), sum[i][j] + bias);
-      } else if (q.splits > 1) {
-        static_cast<A*>(q.partial)[(split * p.k + k0 + row) * q.columns + column] = sum[i][j];
-      } else {
-        const int64_t s = column % p.s, r = column / p.s % p.r, c = column / (p.s * p.r);
-        store(static_cast<T*>(p.weight) + (k0 + row) * p.weight_stride[0] + c * p.weight_stride[1] +
-                  r * p.weight_stride[2] + s * p.weight_stride[3],
-              sum[i][j]);
-      }
+    for (int j = 1; j < 16; ++j) sum[j - 1] = sum[j];
+    const int64_t row = row0 + ty * 4 + i / 4, column = column0 + tx + 16 * (i % 4);
+    if (row >= q.rows || column >= q.columns) continue;
+    if constexpr (pass == Pass::forward) {
+      const Place3 out = pixel_at(row, p.p, p.q);
+      finish<T>(p, v, k0 + column, offset(q.y, out.n, k0 + column, out.h, out.w));
+    } else if constexpr (pass == Pass::input_grad) {
+      const Place3 in = pixel_at(row, p.h, p.w);
+      const A bias = p.bias ? load(static_cast<const T*>(p.bias) + c0 + column) : A(0);
+      store(static_cast<T*>(p.x) + offset(q.x, in.n, c0 + column, in.h, in.w), v + bias);
+    } else if (q.splits > 1) {
+      static_cast<A*>(q.partial)[(split * p.k + k0 + row) * q.columns + column] = v;
+    } else {
+      const int64_t s = column % p.s, r = column / p.s % p.r, c = column / (p.s * p.r);
+      store(static_cast<T*>(p.weight) + (k0 + row) * p.weight_stride[0] + c * p.weight_stride[1] +
+                r * p.weight_stride[2] + s * p.weight_stride[3],
+            v);
     }
+  }
 }
 
 template <class T, Pass pass>

@@ -49,8 +49,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int j = 0; j < V; ++j) {
       if (p.bias) sum[j] += load(static_cast<const T*>(p.bias) + e.c + j);
       if (p.residual) sum[j] += extra[j];
-      sum[j] = activate(sum[j], p.activation);
     }
+    activate_each(sum, p.activation);
     store<T, V>(static_cast<T*>(p.y) + at, sum);
   }
 }
@@ -137,15 +137,19 @@ constexpr int kStrip = wide     ? (R == 3 ? 4 : 2)
 template <class T, int V, int R, int stride, int rows, class F>
 __device__ __forceinline__ void go_down(const Strips& g, const T* source, int64_t step, int64_t h0, int64_t w0,
                                         const F& f) {
+  bool inside[R];
+#pragma unroll
+  for (int s = 0; s < R; ++s) inside[s] = w0 + s >= 0 && w0 + s < g.w;
 #pragma unroll
   for (int down = 0; down < (rows - 1) * stride + R; ++down) {
     const int64_t h = h0 + down;
     if (h < 0 || h >= g.h) continue;
+    const T* const row = source + h * g.w * step;
 #pragma unroll
     for (int s = 0; s < R; ++s) {
-      if (w0 + s < 0 || w0 + s >= g.w) continue;
+      if (!inside[s]) continue;
       compute_t<T> v[V];
-      load<T, V>(v, source + (h * g.w + s) * step);
+      load<T, V>(v, row + s * step);
 #pragma unroll
       for (int t = 0; t < rows; ++t) {
         const int r = down - t * stride;
@@ -194,23 +198,33 @@ __global__ void __launch_bounds__(kThreads, 2) strips_kernel(Conv2dParams p, Str
     for (int i = 0; i < V; ++i)
       sum[t][i] += v[i] * (wide ? staged[(r * R + s) * g.lanes * V + lane * V + i] : filter[wide ? 0 : r * R + s]);
   });
+  const int64_t first = wide ? ((n * g.p + p0) * g.q + column) * g.c + c : ((n * g.c + c) * g.p + p0) * g.q + column;
+  const int64_t below = g.q * step;
+  if (g.finishes) {
+    if (p.bias) {
+      A bias[V];
 #pragma unroll
-  for (int t = 0; t < rows; ++t) {
-    if (p0 + t >= g.p) continue;
-    const int64_t at =
-        wide ? ((n * g.p + p0 + t) * g.q + column) * g.c + c : ((n * g.c + c) * g.p + p0 + t) * g.q + column;
-    if (g.finishes) {
-      A residual[V];
-      if (p.residual) load<T, V>(residual, static_cast<const T*>(p.residual) + at);
+      for (int i = 0; i < V; ++i) bias[i] = load(static_cast<const T*>(p.bias) + c + i);
 #pragma unroll
-      for (int i = 0; i < V; ++i) {
-        if (p.bias) sum[t][i] += load(static_cast<const T*>(p.bias) + c + i);
-        if (p.residual) sum[t][i] += residual[i];
-        sum[t][i] = activate_if<true>(sum[t][i], p.activation);
+      for (int t = 0; t < rows; ++t)
+#pragma unroll
+        for (int i = 0; i < V; ++i) sum[t][i] += bias[i];
+    }
+    if (p.residual) {
+#pragma unroll
+      for (int t = 0; t < rows; ++t) {
+        if (p0 + t >= g.p) continue;
+        A residual[V];
+        load<T, V>(residual, static_cast<const T*>(p.residual) + first + t * below);
+#pragma unroll
+        for (int i = 0; i < V; ++i) sum[t][i] += residual[i];
       }
     }
-    store<T, V>(static_cast<T*>(g.result) + at, sum[t]);
+    activate_simply(sum, p.activation);
   }
+#pragma unroll
+  for (int t = 0; t < rows; ++t)
+    if (p0 + t < g.p) store<T, V>(static_cast<T*>(g.result) + first + t * below, sum[t]);
 }
 
 template <int R>

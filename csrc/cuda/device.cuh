@@ -58,9 +58,10 @@ __device__ __forceinline__ void store(T* to, const compute_t<T> (&values)[V]) {
   *reinterpret_cast<Pack<T, V>*>(to) = pack;
 }
 
-// Elements of 16 bytes; how many neighbours a thread takes where they are channels that divide into such packs.
+// Elements of 16 bytes; how many neighbours a thread takes where they are channels that divide into such packs. float64, which
+// few compute in, has no kernels of its own for that.
 template <class T>
-constexpr int kPack = 16 / static_cast<int>(sizeof(T));
+constexpr int kPack = sizeof(T) == sizeof(double) ? 1 : 16 / static_cast<int>(sizeof(T));
 
 static inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 

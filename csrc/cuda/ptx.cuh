@@ -92,6 +92,8 @@ __device__ __forceinline__ void wait_for_copies() {
 //   D (16 x 8), float32:  d[0], d[1]: (g, 2t), (g, 2t+1)   d[2], d[3]: row g+8
 
 #if CNNOPS_EMULATED
+// What a warp does together is not checked: its lanes have checked what they bring.
+#define CNNOPS_UNCHECKED __attribute__((no_sanitize("thread")))
 struct Mma {
   float* d;
   const uint32_t *a, *b;
@@ -100,9 +102,11 @@ inline float half_of(uint32_t pair, int which, bool is_bf16) {
   const uint16_t bits = static_cast<uint16_t>(which ? pair >> 16 : pair);
   return is_bf16 ? bits_as<float>(static_cast<uint32_t>(bits) << 16) : from_f16(bits);
 }
+typedef float Row8 __attribute__((vector_size(8 * sizeof(float))));
 template <bool is_bf16>
-inline void mma_of_warp(void** lanes) {
-  float a[16][16], b[16][8];
+CNNOPS_UNCHECKED void mma_of_warp(void** lanes) {
+  float a[16][16];
+  Row8 b[16], d[16];
   for (int l = 0; l < 32; ++l) {
     const auto* const lane = static_cast<Mma*>(lanes[l]);
     const int g = l / 4, t = l % 4;
@@ -111,15 +115,12 @@ inline void mma_of_warp(void** lanes) {
     for (int i = 0; i < 2; ++i)
       for (int j = 0; j < 2; ++j) b[2 * t + i * 8 + j][g] = half_of(lane->b[i], j, is_bf16);
   }
-  for (int l = 0; l < 32; ++l) {
-    const auto* const lane = static_cast<Mma*>(lanes[l]);
-    for (int i = 0; i < 4; ++i) {
-      const int row = l / 4 + (i >> 1) * 8, column = l % 4 * 2 + (i & 1);
-      float sum = 0;
-      for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
-      lane->d[i] += sum;
-    }
+  for (int row = 0; row < 16; ++row) {
+    d[row] = Row8{};
+    for (int k = 0; k < 16; ++k) d[row] += a[row][k] * b[k];
   }
+  for (int l = 0; l < 32; ++l)
+    for (int i = 0; i < 4; ++i) static_cast<Mma*>(lanes[l])->d[i] += d[l / 4 + (i >> 1) * 8][l % 4 * 2 + (i & 1)];
 }
 #endif
 
@@ -152,8 +153,9 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const
 //   B (8 x 8):  b[0]: (t, g)   b[1]: row t+4
 // and D as above. d += a * b
 #if CNNOPS_EMULATED
-inline void mma_tf32_of_warp(void** lanes) {
-  float a[16][8], b[8][8];
+CNNOPS_UNCHECKED inline void mma_tf32_of_warp(void** lanes) {
+  float a[16][8];
+  Row8 b[8], d[16];
   const auto number = [](uint32_t bits) { return bits_as<float>(bits & ~0x1fffu); };
   for (int l = 0; l < 32; ++l) {
     const auto* const lane = static_cast<Mma*>(lanes[l]);
@@ -161,15 +163,12 @@ inline void mma_tf32_of_warp(void** lanes) {
     for (int i = 0; i < 4; ++i) a[g + (i & 1) * 8][t + (i >> 1) * 4] = number(lane->a[i]);
     for (int i = 0; i < 2; ++i) b[t + i * 4][g] = number(lane->b[i]);
   }
-  for (int l = 0; l < 32; ++l) {
-    const auto* const lane = static_cast<Mma*>(lanes[l]);
-    for (int i = 0; i < 4; ++i) {
-      const int row = l / 4 + (i >> 1) * 8, column = l % 4 * 2 + (i & 1);
-      float sum = 0;
-      for (int k = 0; k < 8; ++k) sum += a[row][k] * b[k][column];
-      lane->d[i] += sum;
-    }
+  for (int row = 0; row < 16; ++row) {
+    d[row] = Row8{};
+    for (int k = 0; k < 8; ++k) d[row] += a[row][k] * b[k];
   }
+  for (int l = 0; l < 32; ++l)
+    for (int i = 0; i < 4; ++i) static_cast<Mma*>(lanes[l])->d[i] += d[l / 4 + (i >> 1) * 8][l % 4 * 2 + (i & 1)];
 }
 #endif
 __device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -194,7 +193,7 @@ struct LoadMatrix {
   uint32_t* out;
 };
 template <bool transposed>
-inline void load_matrix_of_warp(void** lanes) {
+CNNOPS_UNCHECKED void load_matrix_of_warp(void** lanes) {
   uint16_t m[32][8];
   for (int l = 0; l < 32; ++l) std::memcpy(m[l], static_cast<LoadMatrix*>(lanes[l])->row, 16);
   for (int l = 0; l < 32; ++l)

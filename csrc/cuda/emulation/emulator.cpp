@@ -74,13 +74,16 @@ struct Fiber {
   int group = 0;
 };
 
-// What is known of one byte of shared memory: who touched it last, and in which intervals between barriers (of the block)
-// and collectives (of the warp).
+// What is known of kCellBytes of shared memory: who touched them last, in which intervals between barriers (of the block) and
+// collectives (of the warp), and the last block that wrote them. Barriers are counted on from block to block, so that nothing
+// needs to be cleared between them.
 struct Shadow {
-  int writer = -1, reader = -1;
+  int16_t writer = -1, reader = -1;
   int write_barrier = 0, write_warp = 0, read_barrier = 0, read_warp = 0;
-  bool written = false;
+  int written_by = 0;
+  bool operator==(const Shadow&) const = default;
 };
+constexpr int kCellBytes = 2;
 
 std::mutex one_call;
 bool running = false;
@@ -90,7 +93,7 @@ std::vector<char> shared_storage;
 std::vector<Shadow> shadows;
 char* shared_begin = nullptr;
 int64_t shared_size = 0;
-int barriers = 0;
+int barriers = 0, blocks = 0;
 int warp_steps[kMaxThreads / kLanes];
 Fiber fibers[kMaxThreads];
 Fiber* current = nullptr;
@@ -160,10 +163,9 @@ void resume(Fiber& fiber) {
 // Runs one block to its end; false where a thread failed.
 bool run_block(int threads) {
   for (int i = 0; i < threads; ++i) prepare(fibers[i]);
-  barriers = 0;
+  ++barriers, ++blocks;
   for (int& steps : warp_steps) steps = 0;
   if (shared_size) std::memset(shared_begin, 0xff, static_cast<size_t>(shared_size));
-  shadows.assign(static_cast<size_t>(shared_size), Shadow{});
   // Every second block runs its threads in the opposite order: what depends on the order is seen to.
   const bool forward = position.block.x % 2 == 0;
   for (;;) {
@@ -244,21 +246,40 @@ bool ordered(int other, int barrier_then, int warp_then, int self) {
 
 void check_shared(const char* address, int bytes, bool write) {
   const int self = index_of(current), warp = self / kLanes;
-  for (int i = 0; i < bytes; ++i) {
-    Shadow& s = shadows[static_cast<size_t>(address - shared_begin + i)];
+  const int64_t offset = address - shared_begin;
+  if (offset % kCellBytes || bytes % kCellBytes) fail("single bytes of shared memory, which are not told apart");
+  Shadow *const first = shadows.data() + offset / kCellBytes, *const end = first + bytes / kCellBytes;
+  // A read of what was written before the last barrier and is being read changes nothing.
+  const auto is_known = [&](const Shadow& s) {
+    return s.written_by == blocks && s.write_barrier < barriers && s.read_barrier == barriers &&
+           (s.reader == kEverybody ||
+            (s.read_warp == warp_steps[warp] && (s.reader == self || s.reader == kSeveralOfWarp - warp)));
+  };
+  Shadow before, after;  // of a cell that changed: most change alike
+  bool changed = false;
+  for (Shadow* cell = first; cell < end; ++cell) {
+    Shadow& s = *cell;
+    if (!write && is_known(s)) continue;
+    if (changed && s == before) {
+      s = after;
+      continue;
+    }
+    const Shadow was = s;
     if (!ordered(s.writer, s.write_barrier, s.write_warp, self))
       fail(write ? "a race: two threads write the same shared memory"
                  : "a race: reads shared memory another is writing");
     if (write) {
       if (!ordered(s.reader, s.read_barrier, s.read_warp, self))
         fail("a race: writes shared memory another is reading");
-      s.writer = self, s.write_barrier = barriers, s.write_warp = warp_steps[warp], s.written = true;
+      s.writer = static_cast<int16_t>(self), s.write_barrier = barriers, s.write_warp = warp_steps[warp];
+      s.written_by = blocks;
     } else {
-      if (!s.written) fail("reads shared memory that nobody has written");
+      if (s.written_by != blocks) fail("reads shared memory that nobody has written");
       const bool alone = ordered(s.reader, s.read_barrier, s.read_warp, self);
-      s.reader = alone ? self : warp_of(s.reader) == warp ? kSeveralOfWarp - warp : kEverybody;
+      s.reader = static_cast<int16_t>(alone ? self : warp_of(s.reader) == warp ? kSeveralOfWarp - warp : kEverybody);
       s.read_barrier = barriers, s.read_warp = warp_steps[warp];
     }
+    before = was, after = s, changed = true;
   }
 }
 
@@ -283,7 +304,8 @@ void check(const void* pointer, int bytes, bool write) {
   }
   for (const Range& range : ranges)
     if (within(range, address, bytes)) {
-      if (reinterpret_cast<uintptr_t>(address) % static_cast<unsigned>(bytes & -bytes)) fail("a misaligned access");
+      if (reinterpret_cast<uintptr_t>(address) & static_cast<unsigned>((bytes & -bytes) - 1))
+        fail("a misaligned access");
       return;
     }
   for (int i = 0; i < image_segment_count; ++i)
@@ -347,6 +369,8 @@ void run(const char* kernel, dim3 grid, unsigned threads, int64_t shared_bytes, 
   kernel_name = kernel, thread_function = thread, thread_context = context;
   position.grid = grid, position.block_size = {threads, 1, 1};
   error.clear();
+  barriers = blocks = 0;
+  shadows.assign(static_cast<size_t>((shared_bytes + kCellBytes - 1) / kCellBytes), Shadow{});
   running = true;
   for (position.block.z = 0; position.block.z < grid.z; ++position.block.z)
     for (position.block.y = 0; position.block.y < grid.y; ++position.block.y)

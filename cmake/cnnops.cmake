@@ -60,12 +60,21 @@ if(NOT CNNOPS_CUDA STREQUAL "OFF")
   include(CheckLanguage)
   check_language(CUDA)
   if(CMAKE_CUDA_COMPILER)
-    # Machine code for the GPUs that are tuned for, and PTX that the driver compiles for later ones. All from PTX for
-    # sm_80, which the kernels need (cp.async, mma.sync for bfloat16): they use nothing later, and PTX for each
-    # architecture would be the same text, at two to four seconds a source and architecture.
-    set(CNNOPS_CUDA_CAPABILITIES "80;89;90" CACHE STRING "Compute capabilities to have machine code for; 80 at least")
-    list(TRANSFORM CNNOPS_CUDA_CAPABILITIES PREPEND sm_ OUTPUT_VARIABLE CNNOPS_CUDA_CODE)
-    list(APPEND CNNOPS_CUDA_CODE compute_80)
+    # Machine code for the GPUs that are tuned for, and PTX that the driver compiles for others. All from PTX for sm_80, which
+    # the kernels need (cp.async, mma.sync for bfloat16): PTX for each would be the same text, at two to four seconds a source.
+    # But what ends in "a" has instructions of its own, which PTX for others cannot have.
+    set(CNNOPS_CUDA_CAPABILITIES "80;89;90a" CACHE STRING "Compute capabilities to have machine code for; 80 at least")
+    set(CNNOPS_CUDA_CODE compute_80)
+    set(CNNOPS_CUDA_TARGETS "")
+    foreach(capability ${CNNOPS_CUDA_CAPABILITIES})
+      if(capability MATCHES "a$")
+        list(APPEND CNNOPS_CUDA_TARGETS "--generate-code=arch=compute_${capability},code=sm_${capability}")
+      else()
+        list(APPEND CNNOPS_CUDA_CODE sm_${capability})
+      endif()
+    endforeach()
+    string(REPLACE ";" "," CNNOPS_CUDA_CODE "${CNNOPS_CUDA_CODE}")
+    list(APPEND CNNOPS_CUDA_TARGETS "--generate-code=arch=compute_80,code=[${CNNOPS_CUDA_CODE}]")
     set(CMAKE_CUDA_ARCHITECTURES OFF)
     set(CMAKE_CUDA_STANDARD 20)
     set(CMAKE_CUDA_STANDARD_REQUIRED ON)
@@ -128,11 +137,11 @@ function(cnnops_add_module target)
   endforeach()
   if(CNNOPS_HAS_CUDA)
     add_library(cnnops_cuda OBJECT csrc/cuda/runtime.cu)
-    string(REPLACE ";" "," code "${CNNOPS_CUDA_CODE}")
+    string(REPLACE ";" "," capabilities "${CNNOPS_CUDA_CAPABILITIES}")
     target_include_directories(cnnops_cuda PRIVATE csrc)
     target_compile_definitions(cnnops_cuda PRIVATE
-      CNNOPS_ISA=cuda CNNOPS_DEVICE_SOURCE=1 CNNOPS_CUDA_CODE="${code}")
-    target_compile_options(cnnops_cuda PRIVATE -O3 "--generate-code=arch=compute_80,code=[${code}]")
+      CNNOPS_ISA=cuda CNNOPS_DEVICE_SOURCE=1 CNNOPS_CUDA_CAPABILITIES="${capabilities}")
+    target_compile_options(cnnops_cuda PRIVATE -O3 ${CNNOPS_CUDA_TARGETS})
     if(CNNOPS_EMULATION)  # tests/test_cuda_build.py looks for register spills in what ptxas says
       target_compile_options(cnnops_cuda PRIVATE -Xptxas=-v)
       set_target_properties(cnnops_cuda PROPERTIES

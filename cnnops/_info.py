@@ -46,7 +46,7 @@ class Info(dict[str, Any]):
         runtimes = "\n".join(threads["runtimes"]) or "none found"
         yield from section("threads", [("per call", str(threads["count"])), ("OpenMP runtime", runtimes)])
         devices = "\n".join(cuda["devices"]) or "none"
-        build = cuda["reason"] or f"{cuda['compiler']}, for {', '.join(cuda['architectures'])}"
+        build = cuda["reason"] or f"{cuda['compiler']}, for {', '.join(cuda['capabilities'])}"
         yield from section("CUDA", [("build", build), ("devices", devices)])
         yield from section("torch", [("version", torch_["version"]), ("CPU capability", torch_["cpu_capability"])])
 
@@ -164,7 +164,7 @@ def info() -> Info:
             "built": cuda_build is not None,
             "reason": "" if cuda_build else "this build has no CUDA kernels",
             "compiler": cuda_build["compiler"] if cuda_build else None,
-            "architectures": cuda_build["architectures"].split(",") if cuda_build else [],
+            "capabilities": cuda_build["capabilities"].split(",") if cuda_build else [],
             "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
         torch={

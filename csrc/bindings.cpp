@@ -45,7 +45,7 @@ py::list levels() {
 // What the CUDA kernels were built with; None where there are none.
 py::object cuda_build() {
 #if CNNOPS_CUDA
-  return py::dict("compiler"_a = cuda::compiler_version(), "architectures"_a = cuda::architectures());
+  return py::dict("compiler"_a = cuda::compiler_version(), "capabilities"_a = cuda::capabilities());
 #else
   return py::none();
 #endif
@@ -64,7 +64,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa_levels", &levels, "The instruction-set levels, lowest first, and why one cannot be used.");
   m.def("isa_limit", [] { return name(isa_limit()); }, "The highest level that kernels are chosen from.");
   m.def("set_isa_limit", &set_isa_limit, "level"_a, "Caps the level; an empty string removes the cap.");
-  m.def("cuda_build", &cuda_build, "The compiler and the architectures of the CUDA kernels; None without any.");
+  m.def("cuda_build", &cuda_build,
+        "The compiler of the CUDA kernels, and the compute capabilities that they are machine code for; None without "
+        "any.");
   m.attr("emulation") = CNNOPS_EMULATION != 0;
   m.def("omp_max_threads", [] { return omp_get_max_threads(); });
   bind_adaptive_avg_pool2d(m);

@@ -115,6 +115,7 @@ def build(options: argparse.Namespace) -> int:
     import torch
 
     major, minor = torch.cuda.get_device_capability() if options.device == "cuda" else (9, 0)
+    capability = f"{major}{minor}{'a' if (major, minor) == (9, 0) else ''}"
     version = next(line for line in (ROOT / "pyproject.toml").read_text().splitlines() if line.startswith("version = "))
     folder = ROOT / "build" / "gpu"
     began = time.monotonic()
@@ -122,7 +123,7 @@ def build(options: argparse.Namespace) -> int:
         options.limit["build"],
         "cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
         f"-DSKBUILD_PROJECT_VERSION={version.split(chr(34))[1]}", "-DCNNOPS_CUDA=ON",
-        f"-DCNNOPS_CUDA_CAPABILITIES={major}{minor}", f"-DPython_EXECUTABLE={sys.executable}",
+        f"-DCNNOPS_CUDA_CAPABILITIES={capability}", f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={ROOT / 'cnnops'}",
     ) or run(options.limit["build"] + began - time.monotonic(), "cmake", "--build", str(folder))  # fmt: skip
 

@@ -22,8 +22,8 @@ namespace cnnops::CNNOPS_ISA {
 namespace {
 
 constexpr int64_t kChunk = 128;  // filters between two visits of the sums: a panel of weights, 24 KB, stays in L1
-constexpr int64_t kFlush =
-    32;  // terms of a running sum in 1x1 convolutions, where PyTorch's own error is the lower one
+// Terms of a running sum in 1x1 convolutions, where PyTorch's own error is the lower one.
+constexpr int64_t kFlush = 32;
 constexpr int64_t kColumns = 192;   // of a task, at most
 constexpr int64_t kPixels = 208;    // of a task, where windows do not overlap: with kColumns, 160 KB of sums
 constexpr int64_t kMinPixels = 48;  // fewer would copy the weights too often

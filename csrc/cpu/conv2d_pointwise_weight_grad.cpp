@@ -9,8 +9,6 @@
 // The slices' Z are added in order.
 //
 // All cuts depend on shapes alone, so results have the same bits for any number of threads.
-#include <omp.h>
-
 #include "common/arith.h"
 #include "common/scratch.h"
 #include "cpu/micro/gemm_tile.h"
@@ -338,19 +336,17 @@ void weight_grad(const Conv2dParams& given) {
     C *v, *w;
     C* line;
   };
-  const auto lay_out = [&](Arena arena, Pieces* pieces) {
-    C* const v = arena.take<C>(kPixels * g.channels);
-    C* const w = arena.take<C>(ceil_div(g.filters, kPanelFilters) * kFilterPanel<C>);
-    C* const line = arena.take<C>(8 * kPixels);
-    if (pieces) *pieces = {v, w, line};
-    return arena.used;
-  };
-  const ScratchPieces scratch(p.threads, lay_out(Arena{nullptr}, nullptr));
+  const ThreadScratch scratch(p.threads, [&](Arena& arena) {
+    Pieces pieces;
+    pieces.v = arena.take<C>(kPixels * g.channels);
+    pieces.w = arena.take<C>(ceil_div(g.filters, kPanelFilters) * kFilterPanel<C>);
+    pieces.line = arena.take<C>(8 * kPixels);
+    return pieces;
+  });
   Scratch<C> partial(g.direct ? 0 : blocks * g.slices * z_size);
 #pragma omp parallel num_threads(p.threads)
   {
-    Pieces mine;
-    lay_out(Arena{static_cast<char*>(scratch.piece(omp_get_thread_num()))}, &mine);
+    const Pieces mine = scratch.mine();
 #pragma omp for schedule(dynamic, 1)
     for (int64_t index = 0; index < blocks * g.slices; ++index) {
       const int64_t block = index / g.slices, slice = index % g.slices;

@@ -25,7 +25,7 @@ int use_device(int id) {
 
 void restore_device(int id) { cudaSetDevice(id); }
 
-std::string architectures() { return CNNOPS_CUDA_CODE; }
+std::string capabilities() { return CNNOPS_CUDA_CAPABILITIES; }
 
 std::string compiler_version() {
   return "nvcc " + std::to_string(__CUDACC_VER_MAJOR__) + "." + std::to_string(__CUDACC_VER_MINOR__);

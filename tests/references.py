@@ -711,6 +711,8 @@ def _batch_norm_backward() -> Iterator[Callable]:
         else:
             mean, var = torch.randn(channels).to(dtype), (torch.rand(channels) + 0.5).to(dtype)
         y = _batch_norm_oracle(leaves, training, mean, var, case["act"])
+        # A result so near to relu's corner may be rounded to either side of it.
+        dy[_batch_norm_oracle(leaves, training, mean, var, None).detach().abs() < 1e-5] = 0
         affine = given["weight"].dtype if case["weight"] else dtype
         got = {
             "x": empty(*shape, dtype=dtype, format=format),

@@ -573,7 +573,7 @@ constexpr int64_t kFarPixels = 2048;           // bytes between pixels that leav
 template <class T>
 int64_t channel_block(int64_t channels, int64_t size) {
   constexpr int64_t kSize = sizeof(T), kBytes = lanes<compute_t<T>> * kSize, kSum = sizeof(compute_t<T>);
-  const bool whole = kFetchesPixels && channels * kSize % 512 == 0;
+  const bool whole = kFetchesPixels && channels * kSize == 512;
   const int64_t bytes = channels * kSize < kFarPixels * 3 / 8 && !whole ? 256 : 512;
   return max64(4, min64(bytes / kBytes, kSumsBytes / (size * kSum)));
 }
@@ -591,10 +591,10 @@ struct GradPlan {
   int64_t taps, together, run_count = 0;  // taps of a run, runs of a call
   CorrelateKernel<X> kernel;
   int64_t reach;
-  bool fetches_pixels, fetches_strips;  // what comes next, pixel by pixel or in pieces of a strip
-  Cut rows;                             // of dy's rows, into strips
-  Cut slices;                           // of the strips of all images
-  int64_t flush;                        // strips
+  bool fetches, fetches_pixels;  // what comes next; pixel by pixel, not in pieces of a strip
+  Cut rows;                      // of dy's rows, into strips
+  Cut slices;                    // of the strips of all images
+  int64_t flush;                 // strips
 
   // Whether channels_last images are read where they lie.
   static bool reads_in_place(const Conv2dParams& p, bool converts) {
@@ -619,7 +619,7 @@ struct GradPlan {
     together = !kFewKernels<C> && taps == 3 && p.s == 3 && p.r == 3 ? 3 : 1;
     const int64_t bytes = image_bytes<X>(p);
     fetches_pixels = kFetchesPixels && !kGroups && in_place && together > 1 && bytes >= kFarImages;
-    fetches_strips = !fetches_pixels && (!in_place || bytes >= kNearImages);
+    fetches = !in_place || bytes >= kNearImages;
     if constexpr (kGroups) {
       kernel = correlate_kernel<X, Load::picked_two>(taps, p.stride_w, together);
       if constexpr (!kFewKernels<C>) {
@@ -712,7 +712,7 @@ void correlate_images(const Conv2dParams& p) {
         // The same channels of the next strip.
         b.next_x = b.next_dy = {};
         b.pixels_x = b.pixels_dy = {};
-        if (const int64_t later = unit + 1; later < last && (plan.fetches_pixels || plan.fetches_strips)) {
+        if (const int64_t later = unit + 1; later < last && plan.fetches) {
           const int64_t image = later / plan.rows.parts, q0 = plan.rows.begin(later % plan.rows.parts);
           const int64_t q1 = plan.rows.end(later % plan.rows.parts);
           const int64_t from = plan.inputs.first(vectors, v0), to = plan.inputs.last(vectors, v1 - 1);

@@ -167,11 +167,10 @@ struct Block {
                 const int64_t row = i + tap.dh - row0, column = j + tap.dw;
                 if (row < 0 || row >= rows || column <= -kLanes || column >= p.q) continue;
                 const vec<float> v = load(plane + tap.weight * g.plane_pitch + row * p.q + column);
-                typedef vec<float> V;
                 const ivec<float> low = *reinterpret_cast<const ivec<float>*>(ones + kLanes - max64(0, -column));
                 const ivec<float> high =
                     *reinterpret_cast<const ivec<float>*>(ones + 2 * kLanes - min64(kLanes, p.q - column));
-                sum += reinterpret_cast<V>(reinterpret_cast<ivec<float>>(v) & low & high);
+                sum += reinterpret_cast<vec<float>>(reinterpret_cast<ivec<float>>(v) & low & high);
               }
               store(phase_rows + w0 * g.phase_pitch + j, sum);
             }

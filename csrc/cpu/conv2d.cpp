@@ -61,6 +61,7 @@ struct Problem {
   // channels_last, few channels: the taps are rows of so many neighbours, and tiles read them from strips of the image, whose
   // rows lie strip_pitch apart. 0: pixels are packed.
   int64_t filter_columns, strip_pitch;
+  const int64_t* window;  // a chunk's terms, from the first one
   const T* zeros;         // chunk_channels of them
   bool weights_in_place;  // chunks of one tap: tiles read the weights where they lie
   int64_t length() const { return in_channels * lattice.count; }
@@ -463,9 +464,9 @@ void compute_block(const Problem<T>& g, const Panels<compute_t<T>>& panels, cons
             }
           }
           if (g.filter_columns) {
-            const OffsetRows<C> rows{packed, offset + at, 1, g.strip_pitch};
-            gemm_tile<C>(row_count, vecs, rows, columns, column_step, g.filter_columns * g.in_channels,
-                         chunk.lattice.count / g.filter_columns, to);
+            const WindowRows<C> rows{packed, offset + at, g.window};
+            gemm_tile<C>(row_count, vecs, rows, columns, column_step, terms, 1, to,
+                         ceil_div(terms, ceil_div(terms, kFlushNhwc)));
             continue;
           }
           const auto multiply = [&](const auto& rows) {
@@ -540,7 +541,7 @@ void run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
     g.filter_columns = find_filter_columns(g);
     if (g.filter_columns && g.chunk_taps > 1) {
       const int64_t filter_rows = count / g.filter_columns;
-      g.chunk_taps = ceil_div(filter_rows, ceil_div(count * g.in_channels, kChunk)) * g.filter_columns;
+      g.chunk_taps = ceil_div(filter_rows, ceil_div(count * g.in_channels, kChunkNhwc)) * g.filter_columns;
     } else {
       g.filter_columns = 0;
     }
@@ -590,6 +591,10 @@ void run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
   Scratch<C> packed_weights(pack_all ? group_weights * p.groups : 0);
   const int64_t pixel_columns = round_up(block_pixels, kTileColumns<C>);
   g.strip_pitch = ((min64(g.lattice.columns, block_pixels) - 1) * g.lattice.isw + g.filter_columns) * g.in_channels;
+  Scratch<int64_t> window(g.filter_columns ? chunk_terms : 0);
+  for (int64_t i = 0, run = g.filter_columns * g.in_channels; i < (g.filter_columns ? chunk_terms : 0); ++i)
+    window.data[i] = i / run * g.strip_pitch + i % run;
+  g.window = window.data;
   const int64_t runs = min64(ceil_div(block_pixels, g.lattice.columns) + 1, block_pixels);
   const int64_t packed_size = round_up(
       g.filter_columns ? runs * g.chunk_taps / g.filter_columns * g.strip_pitch : pixel_columns * chunk_terms, 64);

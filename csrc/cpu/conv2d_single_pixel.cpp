@@ -11,6 +11,7 @@
 #include "common/arith.h"
 #include "common/scratch.h"
 #include "cpu/simd/activation.h"
+#include "cpu/simd/sums.h"
 #include "cpu/simd/vec.h"
 #include "ops/conv2d.h"
 
@@ -34,7 +35,7 @@ void forward(const Conv2dParams& p) {
   for (int64_t task = 0; task < blocks * p.n; ++task) {
     const int64_t block = task / p.n, n = task % p.n, k0 = block * kLanes, count = min64(p.k - k0, kLanes);
     const T* const pixel = x + n * p.c;
-    C dots[kLanes] = {};
+    vec<C> sums[kLanes > kRows ? kLanes : kRows] = {};  // those past the last row are thrown away
     for (int64_t k = 0; k < count; k += kRows) {
       const T* row[kRows];
 #pragma GCC unroll 4
@@ -54,11 +55,12 @@ void forward(const Conv2dParams& p) {
 #pragma GCC unroll 4
         for (int i = 0; i < kRows; ++i) sum[i][0] += x0 * load_n(row[i] + c, part);
       }
-      for (int i = 0; i < kRows && k + i < count; ++i) dots[k + i] = sum_lanes<C>(sum[i][0] + sum[i][1]);
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i) sums[k + i] = sum[i][0] + sum[i][1];
     }
     const int part = static_cast<int>(count);
     const int64_t at = n * p.k + k0;
-    vec<C> z = load_n(dots, part);
+    vec<C> z = sum_each<lanes<C>>(sums);
     if (bias) z += load_n(bias + k0, part);
     if (residual) z += load_n(residual + at, part);
     if (p.activation != Activation::none) z = activate<C>(z, p.activation);
@@ -111,14 +113,17 @@ void weight_grad(const Conv2dParams& p) {
   using C = compute_t<T>;
   const T *const x = static_cast<const T*>(p.x), *const dy = static_cast<const T*>(p.y);
   T* const dw = static_cast<T*>(p.weight);
+  const int64_t whole = p.c / lanes<C> * lanes<C>;
 #pragma omp parallel for num_threads(threads_for(p)) schedule(static)
   for (int64_t k = 0; k < p.k; ++k) {
-    for (int64_t c = 0; c < p.c; c += lanes<C>) {
-      const int part = static_cast<int>(min64(p.c - c, lanes<C>));
+    const auto sum = [&](int64_t c, int part) __attribute__((always_inline)) {
       vec<C> sum = {};
       for (int64_t n = 0; n < p.n; ++n) sum += load_scalar(dy[n * p.k + k]) * load_n(x + n * p.c + c, part);
-      store_n(dw + k * p.c + c, sum, part);
-    }
+      return sum;
+    };
+    for (int64_t c = 0; c < whole; c += lanes<C>) store(dw + k * p.c + c, sum(c, lanes<C>));
+    const int part = static_cast<int>(p.c - whole);
+    if (part) store_n(dw + k * p.c + whole, sum(whole, part), part);
   }
 }
 

@@ -2,7 +2,7 @@
 //
 //   c[i][:] (+)= sum over kk < len of a(i, kk) * b[kk][:]          summed over `runs` such runs, a and b moving on between
 //
-// where a is broadcast and b is a panel of contiguous vectors. Seven ways to read `a` serve all passes:
+// where a is broadcast and b is a panel of contiguous vectors. Eight ways to read `a` serve all passes:
 //   PackedRows    a(i, kk) = base[kk * kStride + i]       weights packed for NCHW outputs
 //   PitchedRows   a(i, kk) = base[i * pitch + kk]         pixels of channels_last images
 //   ColumnRows    a(i, kk) = base[kk * pitch + i]         the same for weight gradients, whose reduction is over pixels
@@ -10,6 +10,7 @@
 //   LineRows      PitchedRows that do
 //   OffsetRows    a(i, kk) = base[offset[i] + kk * step]  (tap, channel) pairs of an image strip, for weight gradients
 //   FetchingRows  OffsetRows that do
+//   WindowRows    a(i, kk) = base[offset[i] + term[kk]]   windows of an image strip
 // CopyingRows are any of these that leave a copy of b behind.
 //
 // The tile is as large as the registers allow: kTileRows * kTileVecs accumulators, kTileVecs loads of b and one broadcast.
@@ -80,6 +81,13 @@ struct OffsetRows {
 };
 
 template <class C>
+struct WindowRows {
+  const C* base;
+  const int64_t *offset, *term;
+  static constexpr int64_t run = 0;
+  [[gnu::always_inline]] C at(int i, int64_t kk) const { return base[offset[i] + term[kk]]; }
+};
+template <class C>
 struct FetchingRows {
   const C* base;
   const int64_t* offset;
@@ -124,7 +132,9 @@ struct TileSums {
 // rounding error of many such tiles is near that of one. For the same reason sums of `flush` terms, or up to a run more, are
 // put aside, which costs about 2 / flush of the time.
 template <int kRows, int kVecs, class C, class Rows>
-void gemm_tile(Rows a, const C* b, int64_t b_step, int64_t len, int64_t runs, const TileSums<C>& c, int64_t flush) {
+void gemm_tile(const Rows& rows, const C* b, int64_t b_step, int64_t len, int64_t runs, const TileSums<C>& c,
+               int64_t flush) {
+  Rows a = rows;
   vec<C> sum[kRows][kVecs] = {}, aside[kRows][kVecs];
   bool flushed = false;
   int64_t terms = 0;  // of the running sums

@@ -568,25 +568,31 @@ void run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
   int64_t block_pixels = even(pixels, kBlockPixels, grain);
   int64_t pixel_blocks = ceil_div(pixels, block_pixels);
   int64_t filter_blocks = ceil_div(g.out_channels, kBlockFilters);
-  const auto tasks_wanting = [&] { return pixel_blocks * filter_blocks * p.groups < wanted_tasks; };
+  const auto tasks = [&] { return pixel_blocks * filter_blocks * p.groups; };
   const auto split_filters = [&](int64_t least) {
-    while (tasks_wanting() && g.out_channels / (filter_blocks + 1) >= least) ++filter_blocks;
+    while (tasks() < wanted_tasks && g.out_channels / (filter_blocks + 1) >= least) ++filter_blocks;
   };
-  split_filters(kMinFilters);
-  for (int64_t want = pixel_blocks + 1; tasks_wanting() && pixels / want >= max64(kMinPixels, grain); ++want) {
-    block_pixels = round_up(ceil_div(pixels, want), grain);
-    pixel_blocks = ceil_div(pixels, block_pixels);
+  const bool readable = __is_same(T, C) && lattice.count > 0 && g.chunk_taps == 1 &&
+                        (p.layout == Layout::nchw ? all_weights.stride_m == 1 || all_weights.stride_c == 1
+                                                  : all_weights.stride_m == 1 && g.out_channels % lanes<C> == 0);
+  // 1x1 on few pixels of channels_last packs neither pixels nor weights: it may be cut into single panels.
+  const bool pack_nothing = readable && p.layout == Layout::nhwc && count == 1 && pixel_blocks <= kFewBlocks;
+  if (pack_nothing)
+    while (tasks() < wanted_tasks && filter_blocks < panels.count) ++filter_blocks;
+  if (!pack_nothing || tasks() < p.threads) {
+    split_filters(kMinFilters);
+    for (int64_t want = pixel_blocks + 1; tasks() < wanted_tasks && pixels / want >= max64(kMinPixels, grain); ++want) {
+      block_pixels = round_up(ceil_div(pixels, want), grain);
+      pixel_blocks = ceil_div(pixels, block_pixels);
+    }
+    split_filters(kTileColumns<C>);
   }
-  split_filters(kTileColumns<C>);
   filter_blocks = min64(filter_blocks, panels.count);
 
   // Weights that few blocks of pixels share are packed by each task, chunk by chunk, and never leave its cache.
   const int64_t block_channels = ceil_div(panels.count, filter_blocks) * max64(kTileRows, kTileColumns<C>);
   const int64_t chunk_weights_size = round_up(block_channels * g.chunk_channels * count, 64);
-  g.weights_in_place = __is_same(T, C) && lattice.count > 0 && g.chunk_taps == 1 &&
-                       pixel_blocks <= (count == 1 ? kFewBlocks : 1) &&
-                       (p.layout == Layout::nchw ? all_weights.stride_m == 1 || all_weights.stride_c == 1
-                                                 : all_weights.stride_m == 1 && g.out_channels % lanes<C> == 0);
+  g.weights_in_place = readable && pixel_blocks <= (count == 1 ? kFewBlocks : 1);
   const bool pack_all = !g.weights_in_place && (pixel_blocks > kFewBlocks || chunk_weights_size > kChunkWeights);
   Scratch<C> packed_weights(pack_all ? group_weights * p.groups : 0);
   const int64_t pixel_columns = round_up(block_pixels, kTileColumns<C>);
@@ -603,7 +609,6 @@ void run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
   const int threads = p.threads;
   const int64_t pack_tasks = min64(panels.count, wanted_tasks);
   Scratch<C> scratch(thread_size * threads);
-  const int64_t tasks = pixel_blocks * filter_blocks * p.groups;
 #pragma omp parallel num_threads(threads)
   {
     if (length > 0 && pack_all) {
@@ -622,7 +627,7 @@ void run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
     }
     C* const packed = scratch.data + omp_get_thread_num() * thread_size;
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < tasks; ++task) {
+    for (int64_t task = 0; task < tasks(); ++task) {
       const int64_t filter_block = task % filter_blocks, rest = task / filter_blocks;
       const int64_t group = rest % p.groups, begin = rest / p.groups * block_pixels;
       Problem<T> mine = g;

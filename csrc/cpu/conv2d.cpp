@@ -38,6 +38,9 @@ constexpr int64_t kMinFilters = 96;     // smaller blocks would pack the same pi
 constexpr int64_t kMinPixels = 32;      // smaller blocks would read the same weights too often
 constexpr int64_t kChunkWeights = 131072;  // 512 KB of float32: half of L2
 constexpr int64_t kFewBlocks = 2;          // of pixels: too few to pay for packing all weights to memory
+// Too few, if the weights are small enough to stay in L2, and tiles read more than a line of the cache of each row.
+constexpr int64_t kSomeBlocks = kTileVecs * kVectorBytes > 64 ? 17 : kFewBlocks;
+constexpr int64_t kSmallWeights = 262144;  // 1 MB of float32
 constexpr int64_t kWantedTasks = 16;       // weight_grad: fixed, because its cuts decide the order of its sums
 
 // One group of one lattice: everything the tasks read.
@@ -575,8 +578,11 @@ void run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
   const bool readable = __is_same(T, C) && lattice.count > 0 && g.chunk_taps == 1 &&
                         (p.layout == Layout::nchw ? all_weights.stride_m == 1 || all_weights.stride_c == 1
                                                   : all_weights.stride_m == 1 && g.out_channels % lanes<C> == 0);
-  // 1x1 on few pixels of channels_last packs neither pixels nor weights: it may be cut into single panels.
-  const bool pack_nothing = readable && p.layout == Layout::nhwc && count == 1 && pixel_blocks <= kFewBlocks;
+  const bool small = p.layout == Layout::nhwc && g.in_channels * g.out_channels <= kSmallWeights;
+  const auto few_blocks = [&] { return pixel_blocks <= (count > 1 ? 1 : small ? kSomeBlocks : kFewBlocks); };
+  // 1x1 on few pixels of channels_last packs neither pixels nor weights: it may be cut into single panels. What threads share
+  // is not written then, which takes from a core to another as long as some hundred products for each line of the cache.
+  const bool pack_nothing = readable && p.layout == Layout::nhwc && count == 1 && few_blocks();
   if (pack_nothing)
     while (tasks() < wanted_tasks && filter_blocks < panels.count) ++filter_blocks;
   if (!pack_nothing || tasks() < p.threads) {
@@ -592,7 +598,7 @@ void run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
   // Weights that few blocks of pixels share are packed by each task, chunk by chunk, and never leave its cache.
   const int64_t block_channels = ceil_div(panels.count, filter_blocks) * max64(kTileRows, kTileColumns<C>);
   const int64_t chunk_weights_size = round_up(block_channels * g.chunk_channels * count, 64);
-  g.weights_in_place = readable && pixel_blocks <= (count == 1 ? kFewBlocks : 1);
+  g.weights_in_place = readable && few_blocks();
   const bool pack_all = !g.weights_in_place && (pixel_blocks > kFewBlocks || chunk_weights_size > kChunkWeights);
   Scratch<C> packed_weights(pack_all ? group_weights * p.groups : 0);
   const int64_t pixel_columns = round_up(block_pixels, kTileColumns<C>);

@@ -29,7 +29,7 @@ constexpr int64_t kMostTurned = 64;                           // channels: dw is
 constexpr int64_t kMostTasks = 16, kLeastTasks = 4, kTaskProducts = 2 << 20;
 
 // A power of two that divides the bytes from pixel to pixel: above it, pixels share few sets of L1.
-constexpr int64_t kMostAligned = 512;
+constexpr int64_t kMostAligned = 1024;
 constexpr int64_t kTogether = 8;  // pixels: their channels fit L1
 
 // Filters of a panel: rows of tiles, and blocks of 8 for transpose().

@@ -82,6 +82,16 @@ bool windows_are_pixels(const Conv2dParams& p) {
          p.weight_stride[2] == p.s * p.c && p.weight_stride[3] == p.c;
 }
 
+// NCHW, planes that fill vectors, and sums of so many pixels that adding up lanes is a small part of the work.
+bool plane_dots_pay(const Conv2dParams& p) {
+  constexpr int64_t kLeastPixels = 400, kLeastChannels = 16, kLeastPlane = 16;
+  return p.layout == Layout::nchw && p.groups == 1 && is_pointwise(p) && p.stride_h == 1 && p.stride_w == 1 &&
+         p.h == p.p && p.w == p.q && p.h * p.w >= kLeastPlane && p.n * p.h * p.w >= kLeastPixels &&
+         min64(p.c, p.k) >= kLeastChannels;
+}
+// On AVX2 planes of 7x7 are 0.8 to 1.0 times as fast so.
+bool large_plane_dots_pay(const Conv2dParams& p) { return plane_dots_pay(p) && p.h * p.w >= 96; }
+
 // A few pixels do not pay for packing the weights in pairs: at 16, as in squeeze-and-excitation, the direct kernels are up to
 // 1.5 times as fast.
 bool pairs_pay(const Conv2dParams& p) {

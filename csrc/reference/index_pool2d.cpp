@@ -1,6 +1,9 @@
 // Plain loops in float64, straight from the contract.
 #include "ops/index_pool2d.h"
 
+#include <algorithm>
+#include <vector>
+
 #include "reference/image.h"
 
 namespace cnnops::reference {
@@ -21,12 +24,16 @@ template <class T>
 void backward(const IndexPool2dParams& p) {
   const Image<const T> dy(p.in, p.layout, p.c, p.p, p.q);
   Image<T> dx(p.out, p.layout, p.c, p.h, p.w);
-  for_each(p.n, p.c, p.h, p.w, [&](int64_t n, int64_t c, int64_t h, int64_t w) {
-    double sum = 0;
-    for (int64_t pp = 0; pp < p.p; ++pp)
-      for (int64_t qq = 0; qq < p.q; ++qq)
-        if (chosen(p, dy.index(n, c, pp, qq), pp, qq) == h * p.w + w) sum += dy.get(n, c, pp, qq);
-    dx.set(n, c, h, w, sum);
+  std::vector<double> sums(static_cast<size_t>(p.h * p.w));  // of a plane
+  for_each(p.n, p.c, 1, 1, [&](int64_t n, int64_t c, int64_t, int64_t) {
+    std::fill(sums.begin(), sums.end(), 0);
+    for_each(1, 1, p.p, p.q, [&](int64_t, int64_t, int64_t pp, int64_t qq) {
+      const int64_t at = chosen(p, dy.index(n, c, pp, qq), pp, qq);
+      if (at >= 0 && at < p.h * p.w) sums[static_cast<size_t>(at)] += dy.get(n, c, pp, qq);
+    });
+    for_each(1, 1, p.h, p.w, [&](int64_t, int64_t, int64_t h, int64_t w) {
+      dx.set(n, c, h, w, sums[static_cast<size_t>(h * p.w + w)]);
+    });
   });
 }
 

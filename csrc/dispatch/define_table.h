@@ -22,9 +22,8 @@ std::span<const KernelRow<CNNOPS_PARAMS>> table<CNNOPS_PARAMS>() {
   return rows;
 }
 
-namespace {
-const Registration registration{[] { return describe(CNNOPS_OP, table<CNNOPS_PARAMS>()); }};
-}  // namespace
+template <>
+const Registration registration<CNNOPS_PARAMS>{[] { return describe(CNNOPS_OP, table<CNNOPS_PARAMS>()); }};
 #undef CNNOPS_OP
 #undef CNNOPS_PARAMS
 #undef CNNOPS_TABLE

@@ -20,18 +20,18 @@ struct Owned {
   size_t bytes;  // 0: the data lie in the same block
 };
 
-constexpr size_t kCacheLine = 64;
+constexpr size_t kAlignment = 64;  // a cache line
 
 // Small data lie behind it: one block is as cheap as it gets, where aligned_alloc cuts one out of a larger.
 Owned* acquire(size_t bytes) {
   const bool together = bytes < kPooledBytes;
-  void* const block = std::malloc(sizeof(Owned) + (together ? bytes + kCacheLine : 0));
+  void* const block = std::malloc(sizeof(Owned) + (together ? bytes + kAlignment : 0));
   if (!block) throw std::bad_alloc();
   Owned* const owned = new (block) Owned;
   owned->bytes = together ? 0 : bytes;
   if (together) {
     const auto behind = reinterpret_cast<uintptr_t>(owned + 1);
-    owned->managed.tensor.data = reinterpret_cast<void*>((behind + kCacheLine - 1) / kCacheLine * kCacheLine);
+    owned->managed.tensor.data = reinterpret_cast<void*>((behind + kAlignment - 1) / kAlignment * kAlignment);
     return owned;
   }
   try {

@@ -12,6 +12,8 @@ namespace cnnops {
 namespace py = pybind11;
 using namespace py::literals;
 
+using Pair = std::array<int64_t, 2>;
+
 // The rows of the op whose parameters are Params; dispatch/define_table.h defines it from the .inc file.
 template <class Params>
 std::span<const KernelRow<Params>> table();
@@ -25,5 +27,7 @@ inline std::vector<Describe>& tables() {
 struct Registration {
   explicit Registration(Describe describe) { tables().push_back(describe); }
 };
+template <class Params>
+extern const Registration registration;
 
 }  // namespace cnnops

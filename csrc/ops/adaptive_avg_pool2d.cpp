@@ -29,11 +29,11 @@ AdaptiveAvgPool2dParams validate(const char* op, const Tensor& in, const Tensor&
   return p;
 }
 
-void forward(const Tensor& y, const Tensor& x, int threads, int kernel) {
+void adaptive_avg_pool2d_forward(const Tensor& y, const Tensor& x, int threads, int kernel) {
   run(table<AdaptiveAvgPool2dParams>(), "forward", x, validate("adaptive_avg_pool2d", x, y, x, y, threads), kernel);
 }
 
-void backward(const Tensor& dx, const Tensor& dy, int threads, int kernel) {
+void adaptive_avg_pool2d_backward(const Tensor& dx, const Tensor& dy, int threads, int kernel) {
   run(table<AdaptiveAvgPool2dParams>(), "backward", dx,
       validate("adaptive_avg_pool2d_backward", dy, dx, dx, dy, threads), kernel);
 }
@@ -47,7 +47,7 @@ void copy(const Tensor& to, const Tensor& from) {
 }
 
 // -> y, `recorded` where a gradient is wanted, or None.
-PyObject* forward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
+PyObject* adaptive_avg_pool2d_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return direct::attempt([&]() -> PyObject* {
     Tensor x, y;
     Pair size, kernel;
@@ -67,7 +67,7 @@ PyObject* forward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
     } else if (even_windows({x.shape[2], x.shape[3]}, size, kernel) && layout == Layout::nchw && kernel[1] < 8) {
       avg_pool2d_forward(y, x, kernel, kernel, {0, 0}, false, 0, most, kSelect);
     } else {
-      forward(y, x, most, kSelect);
+      adaptive_avg_pool2d_forward(y, x, most, kSelect);
     }
     if (!grad || !direct::requires_grad(args[0])) return made.release().ptr();
     return recorded(std::move(made), py::none(), py::make_tuple(x.shape[2], x.shape[3], layout == Layout::nhwc));
@@ -75,7 +75,7 @@ PyObject* forward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }
 
 // -> dx, or None.
-PyObject* backward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
+PyObject* adaptive_avg_pool2d_backward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return direct::attempt([&]() -> PyObject* {
     Tensor dy, dx;
     int64_t h, w, threads;
@@ -93,7 +93,7 @@ PyObject* backward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
     } else if (even_windows({h, w}, {dy.shape[2], dy.shape[3]}, kernel)) {
       avg_pool2d_backward(dx, dy, kernel, kernel, {0, 0}, false, 0, most, kSelect);
     } else {
-      backward(dx, dy, most, kSelect);
+      adaptive_avg_pool2d_backward(dx, dy, most, kSelect);
     }
     return made.release().ptr();
   });
@@ -102,13 +102,14 @@ PyObject* backward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }  // namespace
 
 void bind_adaptive_avg_pool2d(py::module_& m) {
-  direct::define(m, "adaptive_avg_pool2d_direct", &forward_direct,
+  direct::define(m, "adaptive_avg_pool2d_direct", &adaptive_avg_pool2d_direct,
                  "adaptive_avg_pool2d_direct(x: torch.Tensor, output_size: Any, grad: bool, threads: int) -> object");
-  direct::define(m, "adaptive_avg_pool2d_backward_direct", &backward_direct,
+  direct::define(m, "adaptive_avg_pool2d_backward_direct", &adaptive_avg_pool2d_backward_direct,
                  "adaptive_avg_pool2d_backward_direct(dy: torch.Tensor, h: int, w: int, channels_last: bool, "
                  "threads: int) -> object");
-  m.def("adaptive_avg_pool2d_forward", &forward, "y"_a, "x"_a, "threads"_a, "kernel"_a = kSelect);
-  m.def("adaptive_avg_pool2d_backward", &backward, "dx"_a, "dy"_a, "threads"_a, "kernel"_a = kSelect);
+  m.def("adaptive_avg_pool2d_forward", &adaptive_avg_pool2d_forward, "y"_a, "x"_a, "threads"_a, "kernel"_a = kSelect);
+  m.def("adaptive_avg_pool2d_backward", &adaptive_avg_pool2d_backward, "dx"_a, "dy"_a, "threads"_a,
+        "kernel"_a = kSelect);
 }
 
 }  // namespace cnnops

@@ -12,7 +12,7 @@ namespace cnnops {
 
 namespace {
 
-void forward(const Tensor& y, const Tensor& indices, const Tensor& x, int threads, int kernel) {
+void adaptive_max_pool2d_forward(const Tensor& y, const Tensor& indices, const Tensor& x, int threads, int kernel) {
   const char* const op = "adaptive_max_pool2d";
   AdaptiveMaxPool2dParams p{};
   p.layout = common_layout(op, x.dtype, {{"x", &x}, {"y", &y}});
@@ -28,7 +28,7 @@ void forward(const Tensor& y, const Tensor& indices, const Tensor& x, int thread
 }
 
 // -> y; `recorded_pick` where a gradient or the indices are wanted; or None.
-PyObject* forward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
+PyObject* adaptive_max_pool2d_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return direct::attempt([&]() -> PyObject* {
     Tensor x, y;
     Pair size, kernel;
@@ -51,13 +51,13 @@ PyObject* forward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
       max_pool2d_forward(y, choice, x, kernel, kernel, {0, 0}, {1, 1}, static_cast<int>(threads), kSelect);
     } else if (grad || indices) {
       choose(DType::i64);
-      forward(y, *choice, x, static_cast<int>(threads), kSelect);
+      adaptive_max_pool2d_forward(y, *choice, x, static_cast<int>(threads), kSelect);
     } else {  // the kernels write indices in any case
       const Scratch<int64_t> memory(y.numel());
       Tensor unwanted = y;
       unwanted.dtype = DType::i64;
       unwanted.data = memory.data;
-      forward(y, unwanted, x, static_cast<int>(threads), kSelect);
+      adaptive_max_pool2d_forward(y, unwanted, x, static_cast<int>(threads), kSelect);
     }
     if (!grad && !indices) return made.release().ptr();
     const std::optional<Pair> windows = even ? std::optional(kernel) : std::nullopt;
@@ -69,10 +69,11 @@ PyObject* forward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }  // namespace
 
 void bind_adaptive_max_pool2d(py::module_& m) {
-  direct::define(m, "adaptive_max_pool2d_direct", &forward_direct,
+  direct::define(m, "adaptive_max_pool2d_direct", &adaptive_max_pool2d_direct,
                  "adaptive_max_pool2d_direct(x: torch.Tensor, output_size: Any, return_indices: bool, grad: bool, "
                  "threads: int) -> object");
-  m.def("adaptive_max_pool2d_forward", &forward, "y"_a, "indices"_a, "x"_a, "threads"_a, "kernel"_a = kSelect);
+  m.def("adaptive_max_pool2d_forward", &adaptive_max_pool2d_forward, "y"_a, "indices"_a, "x"_a, "threads"_a,
+        "kernel"_a = kSelect);
 }
 
 }  // namespace cnnops

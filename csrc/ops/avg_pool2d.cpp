@@ -52,7 +52,7 @@ void avg_pool2d_backward(const Tensor& dx, const Tensor& dy, Pair kernel, Pair s
 namespace {
 
 // -> y, `recorded` where a gradient is wanted, or None.
-PyObject* forward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
+PyObject* avg_pool2d_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return direct::attempt([&]() -> PyObject* {
     DirectWindow w;
     int64_t threads;
@@ -73,7 +73,7 @@ PyObject* forward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }
 
 // -> dx, or None.
-PyObject* backward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
+PyObject* avg_pool2d_backward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return direct::attempt([&]() -> PyObject* {
     Tensor dy, dx;
     int64_t h, w, divisor, threads;
@@ -96,11 +96,11 @@ PyObject* backward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }  // namespace
 
 void bind_avg_pool2d(py::module_& m) {
-  direct::define(m, "avg_pool2d_backward_direct", &backward_direct,
+  direct::define(m, "avg_pool2d_backward_direct", &avg_pool2d_backward_direct,
                  "avg_pool2d_backward_direct(dy: torch.Tensor, h: int, w: int, kernel: Any, stride: Any, "
                  "padding: Any, ceil_mode: bool, count_include_pad: bool, divisor: int, channels_last: bool, "
                  "threads: int) -> object");
-  direct::define(m, "avg_pool2d_direct", &forward_direct,
+  direct::define(m, "avg_pool2d_direct", &avg_pool2d_direct,
                  "avg_pool2d_direct(x: torch.Tensor, kernel_size: Any, stride: Any, padding: Any, ceil_mode: bool, "
                  "count_include_pad: bool, grad: bool, threads: int) -> object");
   m.def("avg_pool2d_forward", &avg_pool2d_forward, "y"_a, "x"_a, "kernel_size"_a, "stride"_a, "padding"_a,

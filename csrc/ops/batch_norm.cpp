@@ -65,9 +65,9 @@ void run_with_workspace(const char* pass, const Tensor& on, BatchNormParams p, i
   run(table<BatchNormParams>(), pass, on, p, kernel);
 }
 
-void forward(const Tensor& y, const Tensor& mean, const Tensor& var, const Tensor& x, const OptionalTensor& weight,
-             const OptionalTensor& bias, const OptionalTensor& residual, bool training, double eps, int activation,
-             int threads, int kernel) {
+void batch_norm_forward(const Tensor& y, const Tensor& mean, const Tensor& var, const Tensor& x,
+                        const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
+                        bool training, double eps, int activation, int threads, int kernel) {
   static constexpr const char* kOp = "batch_norm";
   const Layout layout = common_layout(kOp, x.dtype, {{"input", &x}, {"output", &y}, image("residual", residual, x)});
   for (const NamedTensor& t : {NamedTensor{"output", &y}, image("residual", residual, x)})
@@ -81,10 +81,11 @@ void forward(const Tensor& y, const Tensor& mean, const Tensor& var, const Tenso
   run_with_workspace(training ? "training" : "evaluation", x, p, kernel);
 }
 
-void backward(const OptionalTensor& dx, const OptionalTensor& dweight, const OptionalTensor& dbias,
-              const OptionalTensor& dresidual, const Tensor& dy, const Tensor& x, const OptionalTensor& y,
-              const OptionalTensor& residual, const Tensor& mean, const Tensor& var, const OptionalTensor& weight,
-              const OptionalTensor& bias, bool training, double eps, int activation, int threads, int kernel) {
+void batch_norm_backward(const OptionalTensor& dx, const OptionalTensor& dweight, const OptionalTensor& dbias,
+                         const OptionalTensor& dresidual, const Tensor& dy, const Tensor& x, const OptionalTensor& y,
+                         const OptionalTensor& residual, const Tensor& mean, const Tensor& var,
+                         const OptionalTensor& weight, const OptionalTensor& bias, bool training, double eps,
+                         int activation, int threads, int kernel) {
   static constexpr const char* kOp = "batch_norm_backward";
   const std::initializer_list<NamedTensor> images = {{"input", &x},
                                                      {"output's gradient", &dy},
@@ -163,7 +164,7 @@ OptionalTensor optional(const Tensor& t) { return t.data ? OptionalTensor(t) : s
 
 // -> y, (y, mean, var) in training, (y,) in evaluation where a gradient is wanted, or None; training updates the
 // running statistics, if there are any.
-PyObject* forward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
+PyObject* batch_norm_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return direct::attempt([&]() -> PyObject* {
     Tensor x, y, residual;
     Tensor vectors[4];  // running mean and variance, weight, bias
@@ -198,8 +199,8 @@ PyObject* forward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
       mean = direct::empty_vector(args[0], c, DType::f64, means);
       var = direct::empty_vector(args[0], c, DType::f64, vars);
     }
-    forward(y, means, vars, x, optional(vectors[2]), optional(vectors[3]), optional(residual), training, eps,
-            static_cast<int>(activation), static_cast<int>(threads), kSelect);
+    batch_norm_forward(y, means, vars, x, optional(vectors[2]), optional(vectors[3]), optional(residual), training, eps,
+                       static_cast<int>(activation), static_cast<int>(threads), kSelect);
     if (training) {
       if (vectors[0].data) update(vectors[0], vectors[1], means, vars, momentum, x.numel() / c, kSelect);
       return py::make_tuple(std::move(made), std::move(mean), std::move(var)).release().ptr();
@@ -250,14 +251,14 @@ PyObject* gradients_of(const Given& given, size_t size) {
   all[2] = vector(wants[2], vectors[3], made[2]);
   all[3] = image(wants[3], made[3]);
   for (size_t i = 4; i < size; ++i) all[i] = py::none();
-  backward(optional(made[0]), optional(made[1]), optional(made[2]), optional(made[3]), dy, x, optional(y),
-           optional(residual), vectors[0], vectors[1], optional(vectors[2]), optional(vectors[3]), training, eps,
-           static_cast<int>(activation), static_cast<int>(threads), kSelect);
+  batch_norm_backward(optional(made[0]), optional(made[1]), optional(made[2]), optional(made[3]), dy, x, optional(y),
+                      optional(residual), vectors[0], vectors[1], optional(vectors[2]), optional(vectors[3]), training,
+                      eps, static_cast<int>(activation), static_cast<int>(threads), kSelect);
   return all.release().ptr();
 }
 
 // -> (dx, dweight, dbias, dresidual), or None.
-PyObject* backward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
+PyObject* batch_norm_backward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return direct::attempt([&]() -> PyObject* {
     if (count != 13 || !PyList_CheckExact(args[11]) || PyList_GET_SIZE(args[11]) != 4) return nullptr;
     Given given{args[0], args[1], args[2],  args[3],  {args[4], args[5], args[6], args[7]},
@@ -270,7 +271,7 @@ PyObject* backward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 // The same from the context of autograd and its saved tensors, which may be read only once: what the backward function
 // returns, or None.
-PyObject* gradients_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
+PyObject* batch_norm_gradients_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
   static PyObject* const needs_name = PyUnicode_InternFromString("needs_input_grad");
   static PyObject* const arguments_name = PyUnicode_InternFromString("arguments");
   return direct::attempt([&]() -> PyObject* {
@@ -309,23 +310,23 @@ PyObject* gradients_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 void bind_batch_norm(py::module_& m) {
   direct::define(
-      m, "batch_norm_direct", &forward_direct,
+      m, "batch_norm_direct", &batch_norm_direct,
       "batch_norm_direct(x: torch.Tensor, running_mean: torch.Tensor | None, running_var: torch.Tensor | None, "
       "weight: torch.Tensor | None, bias: torch.Tensor | None, residual: torch.Tensor | None, training: bool, "
       "momentum: float, eps: float, activation: int, grad: bool, threads: int) -> object");
-  direct::define(m, "batch_norm_backward_direct", &backward_direct,
+  direct::define(m, "batch_norm_backward_direct", &batch_norm_backward_direct,
                  "batch_norm_backward_direct(dy: torch.Tensor, x: torch.Tensor, y: torch.Tensor | None, "
                  "residual: torch.Tensor | None, mean: torch.Tensor, var: torch.Tensor, weight: torch.Tensor | None, "
                  "bias: torch.Tensor | None, training: bool, eps: float, activation: int, wants: list[bool], "
                  "threads: int) -> object");
   direct::define(
-      m, "batch_norm_gradients_direct", &gradients_direct,
+      m, "batch_norm_gradients_direct", &batch_norm_gradients_direct,
       "batch_norm_gradients_direct(context: object, dy: torch.Tensor, saved: tuple, threads: int) -> object");
-  m.def("batch_norm_forward", &forward, "y"_a, "mean"_a, "var"_a, "x"_a, "weight"_a, "bias"_a, "residual"_a,
+  m.def("batch_norm_forward", &batch_norm_forward, "y"_a, "mean"_a, "var"_a, "x"_a, "weight"_a, "bias"_a, "residual"_a,
         "training"_a, "eps"_a, "activation"_a, "threads"_a, "kernel"_a = kSelect);
-  m.def("batch_norm_backward", &backward, "dx"_a, "dweight"_a, "dbias"_a, "dresidual"_a, "dy"_a, "x"_a, "y"_a,
-        "residual"_a, "mean"_a, "var"_a, "weight"_a, "bias"_a, "training"_a, "eps"_a, "activation"_a, "threads"_a,
-        "kernel"_a = kSelect);
+  m.def("batch_norm_backward", &batch_norm_backward, "dx"_a, "dweight"_a, "dbias"_a, "dresidual"_a, "dy"_a, "x"_a,
+        "y"_a, "residual"_a, "mean"_a, "var"_a, "weight"_a, "bias"_a, "training"_a, "eps"_a, "activation"_a,
+        "threads"_a, "kernel"_a = kSelect);
   m.def("batch_norm_update", &update, "running_mean"_a, "running_var"_a, "mean"_a, "var"_a, "momentum"_a, "count"_a,
         "kernel"_a = kSelect);
 }

@@ -181,8 +181,6 @@ bool short_rows_input_grad_pays(const Conv2dParams& p) { return short_rows_pay(p
 
 namespace {
 
-using Pair = std::array<int64_t, 2>;
-
 struct Geometry {
   Pair stride, padding, dilation;
   int64_t groups;
@@ -232,9 +230,9 @@ void* optional_vector(const char* op, const char* argument, const std::optional<
   return t->data;
 }
 
-void forward(const Tensor& y, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-             const std::optional<Tensor>& residual, Pair stride, Pair padding, Pair dilation, int64_t groups,
-             int activation, int threads, int precision, int kernel) {
+void conv2d_forward(const Tensor& y, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                    const std::optional<Tensor>& residual, Pair stride, Pair padding, Pair dilation, int64_t groups,
+                    int activation, int threads, int precision, int kernel) {
   constexpr const char* kOp = "conv2d";
   Conv2dParams p = validate(kOp, x, weight, y, {stride, padding, dilation, groups}, threads, precision);
   p.bias = optional_vector(kOp, "bias", bias, x, p.k);
@@ -250,22 +248,23 @@ void forward(const Tensor& y, const Tensor& x, const Tensor& weight, const std::
   run(table<Conv2dParams>(), "forward", x, p, kernel);
 }
 
-void input_grad(const Tensor& dx, const Tensor& dy, const Tensor& weight, const std::optional<Tensor>& bias,
-                Pair stride, Pair padding, Pair dilation, int64_t groups, int threads, int precision, int kernel) {
+void conv2d_input_grad(const Tensor& dx, const Tensor& dy, const Tensor& weight, const std::optional<Tensor>& bias,
+                       Pair stride, Pair padding, Pair dilation, int64_t groups, int threads, int precision,
+                       int kernel) {
   constexpr const char* kOp = "conv2d_input_grad";
   Conv2dParams p = validate(kOp, dx, weight, dy, {stride, padding, dilation, groups}, threads, precision);
   p.bias = optional_vector(kOp, "bias", bias, dx, p.c);
   run(table<Conv2dParams>(), "input_grad", dx, p, kernel);
 }
 
-void weight_grad(const Tensor& dw, const Tensor& dy, const Tensor& x, Pair stride, Pair padding, Pair dilation,
-                 int64_t groups, int threads, int precision, int kernel) {
+void conv2d_weight_grad(const Tensor& dw, const Tensor& dy, const Tensor& x, Pair stride, Pair padding, Pair dilation,
+                        int64_t groups, int threads, int precision, int kernel) {
   const Conv2dParams p =
       validate("conv2d_weight_grad", x, dw, dy, {stride, padding, dilation, groups}, threads, precision);
   run(table<Conv2dParams>(), "weight_grad", x, p, kernel);
 }
 
-void bias_grad(const Tensor& db, const Tensor& dy, int threads, int kernel) {
+void conv2d_bias_grad(const Tensor& db, const Tensor& dy, int threads, int kernel) {
   Conv2dParams p{};
   p.layout = common_layout("conv2d_bias_grad", dy.dtype, {{"output gradient", &dy}});
   p.n = dy.shape[0], p.k = dy.shape[1], p.p = dy.shape[2], p.q = dy.shape[3];
@@ -287,7 +286,7 @@ bool suits(const Tensor& bias, const Tensor& x, int64_t channels) {
 
 // (input, weight, bias, residual, stride, padding, dilation, groups, activation, grad, threads, precision) -> y; (y,), without
 // residual and activation, where a gradient is wanted; or None.
-PyObject* forward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
+PyObject* conv2d_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return direct::attempt([&]() -> PyObject* {
     Tensor x, weight, bias, residual, y;
     Geometry g;
@@ -331,7 +330,7 @@ PyObject* forward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 // (input, weight, bias, stride, padding, output_padding, groups, dilation, grad, threads, precision) -> y, (y,) where a
 // gradient is wanted, or None. Named as in a convolution from y to the input, whose gradient y is.
-PyObject* transpose_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
+PyObject* conv_transpose2d_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return direct::attempt([&]() -> PyObject* {
     Tensor dy, weight, bias, dx;
     Geometry g;
@@ -358,8 +357,8 @@ PyObject* transpose_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
       return nullptr;
     py::object made = direct::empty(args[0], shape, dy.dtype, layout, dx);
     const std::optional<Tensor> added = bias.data ? std::optional(bias) : std::nullopt;
-    input_grad(dx, dy, weight, added, g.stride, g.padding, g.dilation, g.groups, static_cast<int>(threads),
-               static_cast<int>(precision), kSelect);
+    conv2d_input_grad(dx, dy, weight, added, g.stride, g.padding, g.dilation, g.groups, static_cast<int>(threads),
+                      static_cast<int>(precision), kSelect);
     return wants_grad ? py::make_tuple(std::move(made)).release().ptr() : made.release().ptr();
   });
 }
@@ -368,7 +367,7 @@ PyObject* transpose_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
 // where one is not wanted; or None. Of a transposed convolution: dx is the convolution of dy, in whose weight gradient the
 // images change places.
 template <bool transposed>
-PyObject* backward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
+PyObject* conv2d_backward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return direct::attempt([&]() -> PyObject* {
     Tensor dy, x, weight;
     Geometry g;
@@ -388,20 +387,21 @@ PyObject* backward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (wants[0]) {
       dx = direct::empty(args[0], {x.shape[0], x.shape[1], x.shape[2], x.shape[3]}, dy.dtype, images, made);
       if (transposed)
-        forward(made, dy, weight, std::nullopt, std::nullopt, g.stride, g.padding, g.dilation, g.groups, 0, most, exact,
-                kSelect);
+        conv2d_forward(made, dy, weight, std::nullopt, std::nullopt, g.stride, g.padding, g.dilation, g.groups, 0, most,
+                       exact, kSelect);
       else
-        input_grad(made, dy, weight, std::nullopt, g.stride, g.padding, g.dilation, g.groups, most, exact, kSelect);
+        conv2d_input_grad(made, dy, weight, std::nullopt, g.stride, g.padding, g.dilation, g.groups, most, exact,
+                          kSelect);
     }
     if (wants[1]) {
       dw = direct::empty(args[0], {weight.shape[0], weight.shape[1], weight.shape[2], weight.shape[3]}, dy.dtype,
                          direct::suggested(weight), made);
-      weight_grad(made, transposed ? x : dy, transposed ? dy : x, g.stride, g.padding, g.dilation, g.groups, most,
-                  exact, kSelect);
+      conv2d_weight_grad(made, transposed ? x : dy, transposed ? dy : x, g.stride, g.padding, g.dilation, g.groups,
+                         most, exact, kSelect);
     }
     if (wants[2]) {
       db = direct::empty_vector(args[0], dy.shape[1], dy.dtype, made);
-      bias_grad(made, dy, most, kSelect);
+      conv2d_bias_grad(made, dy, most, kSelect);
     }
     return py::make_tuple(std::move(dx), std::move(dw), std::move(db)).release().ptr();
   });
@@ -411,29 +411,29 @@ PyObject* backward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 void bind_conv2d(py::module_& m) {
   direct::define(
-      m, "conv2d_direct", &forward_direct,
+      m, "conv2d_direct", &conv2d_direct,
       "conv2d_direct(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, "
       "stride: Any, padding: Any, dilation: Any, groups: int, activation: int, grad: bool, threads: int, "
       "precision: int) -> object");
-  direct::define(m, "conv_transpose2d_direct", &transpose_direct,
+  direct::define(m, "conv_transpose2d_direct", &conv_transpose2d_direct,
                  "conv_transpose2d_direct(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, "
                  "stride: Any, padding: Any, output_padding: Any, groups: int, dilation: Any, grad: bool, "
                  "threads: int, precision: int) -> object");
-  direct::define(m, "conv_transpose2d_backward_direct", &backward_direct<true>,
+  direct::define(m, "conv_transpose2d_backward_direct", &conv2d_backward_direct<true>,
                  "conv_transpose2d_backward_direct(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, "
                  "stride: Any, padding: Any, dilation: Any, groups: int, want_dx: bool, want_dw: bool, want_db: bool, "
                  "threads: int, precision: int) -> object");
-  direct::define(m, "conv2d_backward_direct", &backward_direct<false>,
+  direct::define(m, "conv2d_backward_direct", &conv2d_backward_direct<false>,
                  "conv2d_backward_direct(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, stride: Any, "
                  "padding: Any, dilation: Any, groups: int, want_dx: bool, want_dw: bool, want_db: bool, "
                  "threads: int, precision: int) -> object");
-  m.def("conv2d_forward", &forward, "y"_a, "x"_a, "weight"_a, "bias"_a, "residual"_a, "stride"_a, "padding"_a,
+  m.def("conv2d_forward", &conv2d_forward, "y"_a, "x"_a, "weight"_a, "bias"_a, "residual"_a, "stride"_a, "padding"_a,
         "dilation"_a, "groups"_a, "activation"_a, "threads"_a, "precision"_a = 0, "kernel"_a = kSelect);
-  m.def("conv2d_input_grad", &input_grad, "dx"_a, "dy"_a, "weight"_a, "bias"_a, "stride"_a, "padding"_a, "dilation"_a,
+  m.def("conv2d_input_grad", &conv2d_input_grad, "dx"_a, "dy"_a, "weight"_a, "bias"_a, "stride"_a, "padding"_a,
+        "dilation"_a, "groups"_a, "threads"_a, "precision"_a = 0, "kernel"_a = kSelect);
+  m.def("conv2d_weight_grad", &conv2d_weight_grad, "dw"_a, "dy"_a, "x"_a, "stride"_a, "padding"_a, "dilation"_a,
         "groups"_a, "threads"_a, "precision"_a = 0, "kernel"_a = kSelect);
-  m.def("conv2d_weight_grad", &weight_grad, "dw"_a, "dy"_a, "x"_a, "stride"_a, "padding"_a, "dilation"_a, "groups"_a,
-        "threads"_a, "precision"_a = 0, "kernel"_a = kSelect);
-  m.def("conv2d_bias_grad", &bias_grad, "db"_a, "dy"_a, "threads"_a, "kernel"_a = kSelect);
+  m.def("conv2d_bias_grad", &conv2d_bias_grad, "db"_a, "dy"_a, "threads"_a, "kernel"_a = kSelect);
 }
 
 }  // namespace cnnops

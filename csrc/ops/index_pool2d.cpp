@@ -40,21 +40,21 @@ IndexPool2dParams validate(const char* op, const Tensor& in, const Tensor& out, 
   return p;
 }
 
-void backward(const Tensor& dx, const Tensor& dy, const Tensor& choice, std::optional<Pair> kernel_size, Pair stride,
-              Pair padding, Pair dilation, int threads, int kernel) {
+void index_pool2d_backward(const Tensor& dx, const Tensor& dy, const Tensor& choice, std::optional<Pair> kernel_size,
+                           Pair stride, Pair padding, Pair dilation, int threads, int kernel) {
   run(table<IndexPool2dParams>(), "backward", dx,
       validate("index_pool2d_backward", dy, dx, dx, dy, choice, kernel_size, stride, padding, dilation, threads),
       kernel);
 }
 
-void gather(const Tensor& dy, const Tensor& dx, const Tensor& choice, std::optional<Pair> kernel_size, Pair stride,
-            Pair padding, Pair dilation, int threads, int kernel) {
+void index_pool2d_gather(const Tensor& dy, const Tensor& dx, const Tensor& choice, std::optional<Pair> kernel_size,
+                         Pair stride, Pair padding, Pair dilation, int threads, int kernel) {
   run(table<IndexPool2dParams>(), "gather", dx,
       validate("index_pool2d_gather", dx, dy, dx, dy, choice, kernel_size, stride, padding, dilation, threads), kernel);
 }
 
 // -> dx, or None. The choice is one that a kernel made, or anything: it is checked as the long way does.
-PyObject* backward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
+PyObject* index_pool2d_backward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return direct::attempt([&]() -> PyObject* {
     Tensor dy, dx;
     int64_t h, w, threads;
@@ -70,7 +70,7 @@ PyObject* backward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
     const Layout layout = direct::suggested(choice);
     if (!direct::dense(choice, layout) || !direct::dense(dy, layout)) return nullptr;
     py::object made = direct::empty(args[0], {dy.shape[0], dy.shape[1], h, w}, dy.dtype, layout, dx);
-    backward(dx, dy, choice, kernel, stride, padding, dilation, static_cast<int>(threads), kSelect);
+    index_pool2d_backward(dx, dy, choice, kernel, stride, padding, dilation, static_cast<int>(threads), kSelect);
     return made.release().ptr();
   });
 }
@@ -79,13 +79,13 @@ PyObject* backward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 // kernel_size None: adaptive windows.
 void bind_index_pool2d(py::module_& m) {
-  direct::define(m, "index_pool2d_backward_direct", &backward_direct,
+  direct::define(m, "index_pool2d_backward_direct", &index_pool2d_backward_direct,
                  "index_pool2d_backward_direct(dy: torch.Tensor, choice: torch.Tensor, h: int, w: int, "
                  "kernel: Any, stride: Any, padding: Any, dilation: Any, threads: int) -> object");
-  m.def("index_pool2d_backward", &backward, "dx"_a, "dy"_a, "choice"_a, "kernel_size"_a, "stride"_a, "padding"_a,
-        "dilation"_a, "threads"_a, "kernel"_a = kSelect);
-  m.def("index_pool2d_gather", &gather, "dy"_a, "dx"_a, "choice"_a, "kernel_size"_a, "stride"_a, "padding"_a,
-        "dilation"_a, "threads"_a, "kernel"_a = kSelect);
+  m.def("index_pool2d_backward", &index_pool2d_backward, "dx"_a, "dy"_a, "choice"_a, "kernel_size"_a, "stride"_a,
+        "padding"_a, "dilation"_a, "threads"_a, "kernel"_a = kSelect);
+  m.def("index_pool2d_gather", &index_pool2d_gather, "dy"_a, "dx"_a, "choice"_a, "kernel_size"_a, "stride"_a,
+        "padding"_a, "dilation"_a, "threads"_a, "kernel"_a = kSelect);
 }
 
 }  // namespace cnnops

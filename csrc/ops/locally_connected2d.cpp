@@ -12,8 +12,6 @@ namespace cnnops {
 
 namespace {
 
-using Pair = std::array<int64_t, 2>;
-
 // `padding` is that at the top and the left.
 LocallyConnected2dParams validate(const char* op, const Tensor& x, const Tensor& weight, const Tensor& y, Pair stride,
                                   Pair padding, Pair dilation, int threads) {
@@ -40,8 +38,9 @@ void run_with_workspace(const char* pass, const Tensor& on, LocallyConnected2dPa
   run(table<LocallyConnected2dParams>(), pass, on, p, kernel);
 }
 
-void forward(const Tensor& y, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, Pair stride,
-             Pair padding, Pair dilation, int threads, int kernel) {
+void locally_connected2d_forward(const Tensor& y, const Tensor& x, const Tensor& weight,
+                                 const std::optional<Tensor>& bias, Pair stride, Pair padding, Pair dilation,
+                                 int threads, int kernel) {
   static constexpr const char* kOp = "locally_connected2d";
   LocallyConnected2dParams p = validate(kOp, x, weight, y, stride, padding, dilation, threads);
   if (bias) {
@@ -57,16 +56,16 @@ void forward(const Tensor& y, const Tensor& x, const Tensor& weight, const std::
   run_with_workspace("forward", x, p, kernel);
 }
 
-void input_grad(const Tensor& dx, const Tensor& dy, const Tensor& weight, Pair stride, Pair padding, Pair dilation,
-                int threads, int kernel) {
+void locally_connected2d_input_grad(const Tensor& dx, const Tensor& dy, const Tensor& weight, Pair stride, Pair padding,
+                                    Pair dilation, int threads, int kernel) {
   LocallyConnected2dParams p =
       validate("locally_connected2d_input_grad", dx, weight, dy, stride, padding, dilation, threads);
   p.dy = dy.data, p.weight = weight.data, p.dx = dx.data;
   run_with_workspace("input_grad", dx, p, kernel);
 }
 
-void weight_grad(const Tensor& dw, const Tensor& dy, const Tensor& x, Pair stride, Pair padding, Pair dilation,
-                 int threads, int kernel) {
+void locally_connected2d_weight_grad(const Tensor& dw, const Tensor& dy, const Tensor& x, Pair stride, Pair padding,
+                                     Pair dilation, int threads, int kernel) {
   LocallyConnected2dParams p =
       validate("locally_connected2d_weight_grad", x, dw, dy, stride, padding, dilation, threads);
   p.dy = dy.data, p.x = x.data, p.dw = dw.data;
@@ -76,12 +75,12 @@ void weight_grad(const Tensor& dw, const Tensor& dy, const Tensor& x, Pair strid
 }  // namespace
 
 void bind_locally_connected2d(py::module_& m) {
-  m.def("locally_connected2d_forward", &forward, "y"_a, "x"_a, "weight"_a, "bias"_a, "stride"_a, "padding"_a,
-        "dilation"_a, "threads"_a, "kernel"_a = kSelect);
-  m.def("locally_connected2d_input_grad", &input_grad, "dx"_a, "dy"_a, "weight"_a, "stride"_a, "padding"_a,
-        "dilation"_a, "threads"_a, "kernel"_a = kSelect);
-  m.def("locally_connected2d_weight_grad", &weight_grad, "dw"_a, "dy"_a, "x"_a, "stride"_a, "padding"_a, "dilation"_a,
-        "threads"_a, "kernel"_a = kSelect);
+  m.def("locally_connected2d_forward", &locally_connected2d_forward, "y"_a, "x"_a, "weight"_a, "bias"_a, "stride"_a,
+        "padding"_a, "dilation"_a, "threads"_a, "kernel"_a = kSelect);
+  m.def("locally_connected2d_input_grad", &locally_connected2d_input_grad, "dx"_a, "dy"_a, "weight"_a, "stride"_a,
+        "padding"_a, "dilation"_a, "threads"_a, "kernel"_a = kSelect);
+  m.def("locally_connected2d_weight_grad", &locally_connected2d_weight_grad, "dw"_a, "dy"_a, "x"_a, "stride"_a,
+        "padding"_a, "dilation"_a, "threads"_a, "kernel"_a = kSelect);
 }
 
 }  // namespace cnnops

@@ -18,7 +18,7 @@ void max_pool2d_forward(const Tensor& y, const std::optional<Tensor>& choice, co
 namespace {
 
 // -> y; `recorded_pick` where a gradient or the indices are wanted; or None.
-PyObject* forward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
+PyObject* max_pool2d_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return direct::attempt([&]() -> PyObject* {
     DirectWindow w;
     int64_t threads;
@@ -44,7 +44,7 @@ PyObject* forward_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }  // namespace
 
 void bind_max_pool2d(py::module_& m) {
-  direct::define(m, "max_pool2d_direct", &forward_direct,
+  direct::define(m, "max_pool2d_direct", &max_pool2d_direct,
                  "max_pool2d_direct(x: torch.Tensor, kernel_size: Any, stride: Any, padding: Any, dilation: Any, "
                  "ceil_mode: bool, return_indices: bool, grad: bool, threads: int) -> object");
   m.def("max_pool2d_forward", &max_pool2d_forward, "y"_a, "choice"_a, "x"_a, "kernel_size"_a, "stride"_a, "padding"_a,

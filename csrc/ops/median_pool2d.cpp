@@ -11,8 +11,8 @@ namespace cnnops {
 
 namespace {
 
-void forward(const Tensor& y, const std::optional<Tensor>& choice, const Tensor& x, Pair kernel_size, Pair stride,
-             Pair padding, Pair dilation, int threads, int kernel) {
+void median_pool2d_forward(const Tensor& y, const std::optional<Tensor>& choice, const Tensor& x, Pair kernel_size,
+                           Pair stride, Pair padding, Pair dilation, int threads, int kernel) {
   const MedianPool2dParams p{
       pick_params("median_pool2d", y, choice, x, kernel_size, stride, padding, dilation, threads)};
   run(table<MedianPool2dParams>(), "forward", x, p, kernel);
@@ -21,8 +21,8 @@ void forward(const Tensor& y, const std::optional<Tensor>& choice, const Tensor&
 }  // namespace
 
 void bind_median_pool2d(py::module_& m) {
-  m.def("median_pool2d_forward", &forward, "y"_a, "choice"_a, "x"_a, "kernel_size"_a, "stride"_a, "padding"_a,
-        "dilation"_a, "threads"_a, "kernel"_a = kSelect);
+  m.def("median_pool2d_forward", &median_pool2d_forward, "y"_a, "choice"_a, "x"_a, "kernel_size"_a, "stride"_a,
+        "padding"_a, "dilation"_a, "threads"_a, "kernel"_a = kSelect);
 }
 
 }  // namespace cnnops

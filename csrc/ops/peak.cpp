@@ -11,7 +11,7 @@ namespace cnnops {
 
 namespace {
 
-void fma(const Tensor& y, const Tensor& x, double a, double b, int64_t iterations, int threads, int kernel) {
+void peak_fma(const Tensor& y, const Tensor& x, double a, double b, int64_t iterations, int threads, int kernel) {
   CNNOPS_CHECK(threads > 0 && iterations >= 0, std::invalid_argument, "peak: threads must be positive, but got ",
                threads, ", and iterations must not be negative, but got ", iterations);
   expect_contiguous("peak", {"x", &x}, x.dtype, {threads, PeakParams::kWidth}, x.place);
@@ -22,7 +22,7 @@ void fma(const Tensor& y, const Tensor& x, double a, double b, int64_t iteration
 }  // namespace
 
 void bind_peak(py::module_& m) {
-  m.def("peak_fma", &fma, "y"_a, "x"_a, "a"_a, "b"_a, "iterations"_a, "threads"_a, "kernel"_a = kSelect);
+  m.def("peak_fma", &peak_fma, "y"_a, "x"_a, "a"_a, "b"_a, "iterations"_a, "threads"_a, "kernel"_a = kSelect);
 }
 
 }  // namespace cnnops

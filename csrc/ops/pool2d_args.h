@@ -7,8 +7,6 @@
 
 namespace cnnops {
 
-using Pair = std::array<int64_t, 2>;
-
 // Planes are indexed with 32 bits in the kernels' lanes; larger ones (8 GiB and up) are left to PyTorch.
 constexpr int64_t kMaxPlane = (int64_t{1} << 31) - 1;
 

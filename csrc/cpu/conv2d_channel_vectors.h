@@ -133,9 +133,9 @@ struct Phase {
   FilterKernels<X> kernels;
 };
 
-// A filter's weight of one of its inputs.
+// A filter's weight of one of its inputs; of pairs, the second one's too, where there is one.
 struct Term {
-  int64_t input, weight;
+  int64_t input, weight, second = -1;
 };
 
 // What forward and input_grad do with every image, and in which order they want the filters. X: what the kernels read and
@@ -193,6 +193,17 @@ struct Plan {
       for (int64_t i = 0; i < l.count; i += phase->taps) {
         const Tap& tap = sorted[i];
         const Range pixels = valid_range(l.columns, l.isw, tap.dw, in_w);
+        if constexpr (kPairs<X>) {
+          if (i / width % 2) continue;  // the second row of a run before
+          const bool two = i + width < l.count;
+          const int64_t below = two ? sorted[i + width].dh - tap.dh : 0;
+          *run++ = phase->taps > 1 ? Run{tap.dh, tap.dw, -tap.dw, in_w - tap.dw, 0, below}
+                                   : Run{tap.dh, tap.dw, pixels.first, pixels.last, 0, below};
+          for (int64_t t = i; t < i + phase->taps; ++t)
+            order.data[count++] = {0, sorted[t].weight, two ? sorted[t + width].weight : -1};
+          min_dh = min64(min_dh, tap.dh), max_dh = max64(max_dh, tap.dh + below);
+          continue;
+        }
         for (int64_t j = 0; j < inputs.per_filter; ++j) {
           *run++ = phase->taps > 1 ? Run{tap.dh, tap.dw, -tap.dw, in_w - tap.dw, j}
                                    : Run{tap.dh, tap.dw, pixels.first, pixels.last, j};
@@ -230,6 +241,17 @@ struct Plan {
   int64_t reach() const { return max_dh - min_dh + 1; }
 };
 
+// Weights that are bfloat16 numbers, as pairs of these.
+template <class C>
+[[gnu::always_inline]] inline vec<C> in_pairs(vec<C> first, vec<C> second) {
+  if constexpr (sizeof(C) == 4) {
+    const u32v low = reinterpret_cast<u32v>(first) >> 16, high = reinterpret_cast<u32v>(second) & 0xffff0000u;
+    return reinterpret_cast<vec<C>>(low | high);
+  } else {
+    return first;
+  }
+}
+
 // For every vector of channels its biases, and its filters as [term][lane] in the plan's order.
 template <class T, class X, bool kGroups>
 struct Packed {
@@ -263,7 +285,9 @@ struct Packed {
         transpose(weight + c0 * terms, terms, part, terms, buffer, lanes<C>);
         for (int64_t t = 0; t < plan.count; ++t) {
           const Term& term = plan.order.data[t];
-          store(to + t * lanes<C>, load(buffer + (term.input * taps + term.weight) * lanes<C>));
+          const vec<C> first = load(buffer + (term.input * taps + term.weight) * lanes<C>);
+          const vec<C> second = term.second < 0 ? vec<C>{} : load(buffer + term.second * lanes<C>);
+          store(to + t * lanes<C>, kPairs<X> ? in_pairs<C>(first, second) : first);
         }
         continue;
       }
@@ -276,7 +300,12 @@ struct Packed {
         const int64_t step = stride[transposed ? 0 : 1];
         for (int64_t t = 0; t < plan.count; ++t) {
           const Term& term = plan.order.data[t];
-          to[t * lanes<C> + l] = l < part ? load_scalar(from[term.input * step + term.weight]) : C{0};
+          C weight = l < part ? load_scalar(from[term.input * step + term.weight]) : C{0};
+          if constexpr (kPairs<X>) {
+            const C second = l < part && term.second >= 0 ? load_scalar(from[term.second]) : C{0};
+            weight = in_pairs<C>(set1(weight), set1(second))[0];
+          }
+          to[t * lanes<C> + l] = weight;
         }
       }
     }
@@ -294,8 +323,9 @@ void filter_row(const Plan<X, kGroups>& plan, int64_t y, int64_t v0, int64_t v1,
   for (int64_t w = 0; w < plan.phases_w; ++w, ++phase) {
     const Lattice& l = phase->lattice;
     const Run *first = phase->runs, *last = first + phase->run_count;
-    while (first < last && first->dh < -top) ++first;
+    while (first < last && first->dh + first->below < -top) ++first;
     while (last > first && last[-1].dh >= plan.in_h - top) --last;
+    b.top = -top, b.bottom = plan.in_h - top;
     b.runs = first;
     b.count = last - first;
     b.column = phase->taps > 1 ? b.pixel : b.pixel * l.isw;

@@ -12,6 +12,10 @@
 //
 // Depthwise, lane l meets channel l. In wider groups the input channels that the lanes meet are picked from the one or two
 // vectors of channels where they lie: one permutation serves kTaps products.
+//
+// Depthwise in bfloat16, where products of pairs exist, a run has two filter rows: lane l meets the pair of channel l's pixels
+// in both, which one permutation makes of two loads. 3 x 3 in blocks of 14 pixels takes 6 products of pairs and 4 shuffles a
+// vector of the output, where widened pixels take 9 products and 7 conversions.
 #pragma once
 
 #include <utility>
@@ -43,7 +47,17 @@ struct Run {
   int64_t dh, dw;       // its first tap reads input pixel (i*ish + dh, j*isw + dw)
   int64_t first, last;  // its columns, counted from output pixel 0, that lie inside the image
   int64_t input;        // which of the input channels that a filter sees
+  int64_t below = 0;    // kPairs: how far below is the second row of the run; 0: it has none
 };
+
+// Whether runs have two filter rows.
+#if CNNOPS_ISA_avx512_bf16
+template <class T>
+constexpr bool kPairs = __is_same(T, ::cnnops::bf16);
+#else
+template <class T>
+constexpr bool kPairs = false;
+#endif
 
 // Where the lanes of a vector of output channels find one of their input channels.
 template <class C>
@@ -134,8 +148,9 @@ struct FilterBlock {
   int64_t origin;        // the first column, counted from output pixel 0
   const Run* runs;       // those whose row lies inside the image
   int64_t count;         // of the runs
+  int64_t top, bottom;   // input rows [top, bottom) lie inside the image, counted as Run::dh is
   const Pick<C>* picks;  // of each input channel of a filter
-  const C* filters;      // [run][tap][lane]
+  const C* filters;      // [run][tap][lane]; kPairs: both rows' in a lane
   const C* bias;         // [lane]
   T* out;                // the block's first pixel
   int64_t out_pixel;     // elements from one output pixel to the next
@@ -156,6 +171,42 @@ template <class T>
     if (b.activation != Activation::none) z = activate<C>(z, b.activation);
     store_output(b.out + j * b.out_pixel, z, b.part, b.stream);
   }
+}
+
+// A sum, rounded.
+template <class T>
+[[gnu::always_inline]] inline void store_sum(T* out, vec<compute_t<T>> v) {
+#if CNNOPS_ISA_avx512_bf16
+  if constexpr (kPairs<T>) {  // one instruction where store takes seven; it flushes denormals, as products of pairs do
+    const __m256bh rounded = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
+    return _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), reinterpret_cast<__m256i>(rounded));
+  }
+#endif
+  store(out, v);
+}
+
+template <bool kPart, class T, int kCount>
+[[gnu::always_inline]] inline void store_block(const FilterBlock<T>& b, const vec<compute_t<T>> (&sum)[kCount]) {
+  using C = compute_t<T>;
+  const int live = b.live;
+  const int64_t out_pixel = b.out_pixel;
+  T* const out = b.out;
+  if (!kPart && !b.residual && b.activation == Activation::none) {
+    if (b.stream) {
+      unrolled<0, kCount>([&](auto j) CNNOPS_INLINE {
+        if (j.value < live) store_streaming(out + j.value * out_pixel, sum[j.value]);
+      });
+      return;
+    }
+    unrolled<0, kCount>([&](auto j) CNNOPS_INLINE {
+      if (j.value < live) store_sum(out + j.value * out_pixel, sum[j.value]);
+    });
+    return;
+  }
+  // A copy: the sums themselves must not have addresses, or they would not stay in registers above.
+  C finished[kCount * lanes<C>];
+  unrolled<0, kCount>([&](auto j) CNNOPS_INLINE { store(finished + j.value * lanes<C>, sum[j.value]); });
+  finish_block(b, finished);
 }
 
 template <class T, int kTaps, int kStep, int kCount, Load kLoad>
@@ -191,27 +242,73 @@ void filter_block(const FilterBlock<T>& b) {
       at += column;
     });
   }
-  const int live = b.live;
-  const int64_t out_pixel = b.out_pixel;
-  T* const out = b.out;
-  if (!is_part(kLoad) && !b.residual && b.activation == Activation::none) {
-    if (b.stream) {
-      unrolled<0, kCount>([&](auto j) CNNOPS_INLINE {
-        if (j.value < live) store_streaming(out + j.value * out_pixel, sum[j.value]);
-      });
-      return;
-    }
-    unrolled<0, kCount>([&](auto j) CNNOPS_INLINE {
-      if (j.value < live) store(out + j.value * out_pixel, sum[j.value]);
-    });
-    return;
-  }
-  // A copy: the sums themselves must not have addresses, or they would not stay in registers above.
-  C finished[kCount * lanes<C>];
-  unrolled<0, kCount>([&](auto j) CNNOPS_INLINE { store(finished + j.value * lanes<C>, sum[j.value]); });
-  finish_block(b, finished);
+  store_block<is_part(kLoad)>(b, sum);
 }
 
+#if CNNOPS_ISA_avx512_bf16
+template <int kTaps, int kStep, int kCount, Load kLoad>
+void filter_pairs(const FilterBlock<bf16>& b) {
+  constexpr int kColumns = kTaps == 1 ? kCount : (kCount - 1) * kStep + kTaps;
+  constexpr int kLanes = lanes<float>;
+  __m512 sum[kCount];
+  const __m512 bias = _mm512_loadu_ps(b.bias);
+  unrolled<0, kCount>([&](auto j) CNNOPS_INLINE { sum[j.value] = bias; });
+  const __mmask16 mask = is_part(kLoad) ? (1u << b.in_part) - 1 : 0xffff;
+  const auto get = [&](const bf16* p) CNNOPS_INLINE {
+    if constexpr (is_part(kLoad)) return _mm256_maskz_loadu_epi16(mask, p);
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  };
+  // Lane i of two vectors of 16 numbers, side by side.
+  const __m512i both = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                        5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const float* filter = b.filters;
+  const int64_t column = b.column, row = b.row, pixel = b.pixel, origin = b.origin;
+  for (const Run *run = b.runs, *const end = run + b.count; run < end; ++run, filter += kTaps * kLanes) {
+    const int64_t second = run->dh + run->below;
+    const bool above = run->dh >= b.top && run->dh < b.bottom;
+    const bool below = run->below != 0 && second >= b.top && second < b.bottom;
+    const int64_t first = run->first - origin, last = run->last - origin;
+    const bf16* const in = b.in + run->dw * pixel;
+    const auto columns = [&](const __m512i(&f)[kTaps], const auto& pairs) CNNOPS_INLINE {
+      int64_t at = 0;
+      unrolled<0, kColumns>([&](auto w) CNNOPS_INLINE {
+        constexpr int kColumn = decltype(w)::value;
+        if (kColumn >= first && kColumn < last) {
+          const __m512bh x = reinterpret_cast<__m512bh>(pairs(at));
+          unrolled<0, kTaps>([&](auto s) CNNOPS_INLINE {
+            constexpr int kAhead = kColumn - decltype(s)::value;
+            if constexpr (kTaps == 1)
+              sum[kColumn] = _mm512_dpbf16_ps(sum[kColumn], x, reinterpret_cast<__m512bh>(f[0]));
+            else if constexpr (kAhead >= 0 && kAhead % kStep == 0 && kAhead / kStep < kCount)
+              sum[kAhead / kStep] =
+                  _mm512_dpbf16_ps(sum[kAhead / kStep], x, reinterpret_cast<__m512bh>(f[decltype(s)::value]));
+          });
+        }
+        at += column;
+      });
+    };
+    __m512i f[kTaps];
+    unrolled<0, kTaps>([&](auto s) CNNOPS_INLINE { f[s.value] = _mm512_loadu_si512(filter + s.value * kLanes); });
+    if (above && below) {
+      const bf16 *const upper = in + run->dh * row, *const lower = in + second * row;
+      columns(f, [&](int64_t at) CNNOPS_INLINE {
+        return _mm512_permutexvar_epi16(
+            both, _mm512_inserti64x4(_mm512_castsi256_si512(get(upper + at)), get(lower + at), 1));
+      });
+    } else if (above || below) {  // the other row's numbers are zeros
+      const bf16* const only = in + (above ? run->dh : second) * row;
+      unrolled<0, kTaps>([&](auto s) CNNOPS_INLINE {
+        f[s.value] =
+            above ? _mm512_and_si512(f[s.value], _mm512_set1_epi32(0xffff)) : _mm512_srli_epi32(f[s.value], 16);
+      });
+      columns(f, [&](int64_t at) CNNOPS_INLINE { return _mm512_cvtepu16_epi32(get(only + at)); });
+    }
+  }
+  vec<float> sums[kCount];
+  unrolled<0, kCount>([&](auto j) CNNOPS_INLINE { sums[j.value] = reinterpret_cast<vec<float>>(sum[j.value]); });
+  store_block<is_part(kLoad)>(b, sums);
+}
+#endif
 // float64 and the portable level do with fewer kernels, to save time of compilation: runs of 3 taps or one, and any pick from
 // two vectors.
 #if CNNOPS_ISA_avx2 || CNNOPS_ISA_avx512
@@ -243,6 +340,12 @@ struct FilterKernels {
       constexpr int kWidth = kWidths[decltype(i)::value], kFew = 7;
       constexpr bool kAll = !is_picked(kLoad) && !kFewKernels<compute_t<T>>;
       constexpr int kCount = kAll ? kWidth : kWidth <= kFew ? kFew : kMostPixels;
+#if CNNOPS_ISA_avx512_bf16
+      if constexpr (kPairs<T>) {
+        of[i.value] = &filter_pairs<kTaps, kStep, kCount, kLoad>;
+        return;
+      }
+#endif
       of[i.value] = &filter_block<T, kTaps, kStep, kCount, kLoad>;
     });
   }

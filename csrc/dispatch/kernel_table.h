@@ -83,11 +83,13 @@
 // A kernel of sources that cmake/cnnops.cmake compiles for the instructions on pairs of bfloat16 numbers alone. The emulated level
 // computes as amx does, in plain loops.
 #if CNNOPS_PAIRS
+#define CNNOPS_KERNEL_PAIRS(pass, isa, dtype, function, accepts) CNNOPS_KERNEL(pass, isa, dtype, function, accepts)
 #define CNNOPS_KERNELS_PAIRS(pass, function, accepts)      \
   CNNOPS_KERNEL(pass, amx, f32, function##_f32, accepts)   \
   CNNOPS_KERNEL(pass, amx, bf16, function##_bf16, accepts) \
   CNNOPS_KERNEL(pass, avx512_bf16, bf16, function##_bf16, accepts)
 #else
+#define CNNOPS_KERNEL_PAIRS(pass, isa, dtype, function, accepts)
 #define CNNOPS_KERNELS_PAIRS(pass, function, accepts)
 #endif
 #define CNNOPS_KERNELS_EMULATED(pass, function, accepts)          \

@@ -8,6 +8,7 @@ namespace cnnops {
 namespace {
 
 bool is_depthwise(const Conv2dParams& p) { return p.groups == p.c && p.k == p.c; }
+bool is_depthwise_nhwc(const Conv2dParams& p) { return is_depthwise(p) && p.layout == Layout::nhwc; }
 
 // NCHW rows of at most two vectors, of stride 2 one, few enough to be summed in float32, and a square filter whose middle meets
 // the output's pixels.

@@ -614,7 +614,8 @@ def _peak_fma() -> Iterator[Callable]:
 # ---- Batch normalization ---------------------------------------------------------------------------------------------
 
 BATCH_NORMS = (
-    # Odd sizes, a plane of several pieces, one pixel, channels that fold into a row with pixels left over, many.
+    # Odd sizes, a plane of several pieces, one pixel, channels that fold into a row with pixels left over, many, planes
+    # of three vectors and a pixel.
     dict(shape=(2, 3, 9, 11), act=None, residual=False, weight=True, affine=None),
     dict(shape=(3, 37, 8, 8), act="relu", residual=False, weight=True, affine=torch.float32),
     dict(shape=(2, 3, 95, 97), act="relu", residual=True, weight=False, affine=None),
@@ -622,6 +623,7 @@ BATCH_NORMS = (
     dict(shape=(37, 1100, 1, 1), act="silu", residual=False, weight=True, affine=torch.float32),
     dict(shape=(5, 16, 6, 7), act="gelu", residual=True, weight=False, affine=None),
     dict(shape=(3, 20, 13, 5), act="softplus", residual=True, weight=True, affine=None),
+    dict(shape=(3, 21, 7, 7), act="relu", residual=True, weight=True, affine=None),
 )
 
 

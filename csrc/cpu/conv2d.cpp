@@ -33,7 +33,7 @@ constexpr int64_t kFlushNhwc = 128;
 constexpr int64_t kTapChannels = 48;    // channels_last: so many channels of one tap are a chunk that needs no packing
 constexpr int64_t kBlockPixels = 192;   // with kChunk: 196 KB of packed float32 pixels
 constexpr int64_t kBlockFilters = 256;  // with kBlockPixels: 196 KB of accumulators
-constexpr int64_t kTasksPerThread = 8;  // enough for an even share
+constexpr int64_t kTasksPerThread = 4;  // enough for an even share; twice as many of more than four blocks
 constexpr int64_t kMinFilters = 96;     // smaller blocks would pack the same pixels too often
 constexpr int64_t kMinPixels = 32;      // smaller blocks would read the same weights too often
 constexpr int64_t kChunkWeights = 131072;  // 512 KB of float32: half of L2
@@ -562,8 +562,8 @@ void run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
 
   // Blocks: as even as possible, and enough tasks to share out. They may depend on the number of threads: the order in which
   // an output's terms are added does not depend on the block that it lies in.
-  const int64_t wanted_tasks = p.threads == 1 ? 1 : kTasksPerThread * p.threads;
   const int64_t pixels = g.pixels();
+  const int64_t wanted_tasks = p.threads == 1 ? 1 : (pixels > 4 * kBlockPixels ? 2 : 1) * kTasksPerThread * p.threads;
   const int64_t grain = p.layout == Layout::nchw ? kTileColumns<C> : kTileRows;
   const auto even = [](int64_t total, int64_t block, int64_t grain) {
     return round_up(ceil_div(total, ceil_div(total, block)), grain);

@@ -603,8 +603,9 @@ void run_lattice(const Conv2dParams& p, const Lattice& lattice, const Tap* taps,
   Scratch<C> packed_weights(pack_all ? group_weights * p.groups : 0);
   const int64_t pixel_columns = round_up(block_pixels, kTileColumns<C>);
   g.strip_pitch = ((min64(g.lattice.columns, block_pixels) - 1) * g.lattice.isw + g.filter_columns) * g.in_channels;
-  Scratch<int64_t> window(g.filter_columns ? chunk_terms : 0);
-  for (int64_t i = 0, run = g.filter_columns * g.in_channels; i < (g.filter_columns ? chunk_terms : 0); ++i)
+  const int64_t window_terms = g.filter_columns ? chunk_terms : 0;
+  Scratch<int64_t> window(window_terms);
+  for (int64_t i = 0, run = g.filter_columns * g.in_channels; i < window_terms; ++i)
     window.data[i] = i / run * g.strip_pitch + i % run;
   g.window = window.data;
   const int64_t runs = min64(ceil_div(block_pixels, g.lattice.columns) + 1, block_pixels);

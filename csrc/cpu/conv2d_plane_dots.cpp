@@ -30,41 +30,45 @@ constexpr int64_t kBlockFilters = 160;   // 500 KB of dy
 constexpr int64_t kBlockChannels = 192;  // with kBlockFilters: 160 KB of sums
 constexpr int64_t kLeastTasks = 8, kWantedTasks = 16;
 
+// Tiles of `side` channels or filters, of `count` in all, in blocks. The last tile begins early and is whole.
+struct Side {
+  int64_t side, count;
+  int64_t block_tiles, blocks;  // tiles of a block, at most
+
+  Side(int64_t side, int64_t count, int64_t wanted_blocks) : side(side), count(count) {
+    block_tiles = ceil_div(all_tiles(), wanted_blocks);
+    blocks = ceil_div(all_tiles(), block_tiles);
+  }
+  int64_t all_tiles() const { return ceil_div(count, side); }
+  int64_t tiles(int64_t block) const { return min64(block_tiles, all_tiles() - block * block_tiles); }
+  int64_t begin(int64_t block, int64_t tile) const { return min64((block * block_tiles + tile) * side, count - side); }
+  // Those that the tile before has, too.
+  int64_t shared(int64_t block, int64_t tile) const { return (block * block_tiles + tile) * side - begin(block, tile); }
+};
+
 struct Plan {
-  int64_t channel_tiles, filter_tiles;  // of a block, at most
-  int64_t channel_blocks, filter_blocks, slices;
+  Side channels, filters;
   int64_t images;          // of a stretch, at most
   int64_t pieces, length;  // of a plane; pixels of a piece, at most
-  int64_t stretches;
+  int64_t stretches, slices;
   bool copies;
   int64_t pitch;  // of copies: an odd number of cache lines
 
-  int64_t tiles() const { return channel_tiles * filter_tiles; }
+  explicit Plan(const Conv2dParams& p)
+      : channels(kChannels, p.c, ceil_div(p.c, kBlockChannels)), filters(kFilters, p.k, ceil_div(p.k, kBlockFilters)) {
+    const int64_t plane = p.p * p.q;
+    images = min64(p.n, max64(1, kStretch / plane));
+    length = round_up(ceil_div(plane, ceil_div(plane, kStretch)), 16);
+    pieces = ceil_div(plane, length);
+    stretches = ceil_div(p.n, images) * pieces;
+    const int64_t wanted = min64(ceil_div(kLeastTasks, filters.blocks * stretches), channels.all_tiles());
+    if (wanted > channels.blocks) channels = {kChannels, p.c, wanted};
+    slices = min64(ceil_div(kWantedTasks, channels.blocks * filters.blocks), stretches);
+    copies = plane % 16 != 0;
+    const int64_t lines = ceil_div(images * length, 16);
+    pitch = (lines + (lines + 1) % 2) * 16;
+  }
 };
-
-Plan plan_of(const Conv2dParams& p) {
-  Plan g{};
-  const int64_t plane = p.p * p.q;
-  g.images = min64(p.n, max64(1, kStretch / plane));
-  g.pieces = ceil_div(plane, kStretch);
-  g.length = round_up(ceil_div(plane, g.pieces), 16);
-  g.pieces = ceil_div(plane, g.length);
-  g.stretches = ceil_div(p.n, g.images) * g.pieces;
-  const int64_t channel_tiles = ceil_div(p.c, kChannels), filter_tiles = ceil_div(p.k, kFilters);
-  const auto cut = [](int64_t total, int64_t pieces, int64_t& each, int64_t& count) {
-    each = ceil_div(total, pieces);
-    count = ceil_div(total, each);
-  };
-  cut(filter_tiles, ceil_div(filter_tiles, kBlockFilters / kFilters), g.filter_tiles, g.filter_blocks);
-  const int64_t wanted = min64(ceil_div(kLeastTasks, g.filter_blocks * g.stretches), channel_tiles);
-  cut(channel_tiles, max64(wanted, ceil_div(channel_tiles, kBlockChannels / kChannels)), g.channel_tiles,
-      g.channel_blocks);
-  g.slices = min64(ceil_div(kWantedTasks, g.channel_blocks * g.filter_blocks), g.stretches);
-  g.copies = plane % 16 != 0;
-  const int64_t lines = ceil_div(g.images * g.length, 16);
-  g.pitch = (lines + (lines + 1) % 2) * 16;
-  return g;
-}
 
 // Planes of a stretch: `length` pixels of each of `images` images.
 struct Stretch {
@@ -115,45 +119,35 @@ void dot_tile(const float* x, const float* dy, const Stretch& s, float* z, bool 
   }
 }
 
-// The first channel or filter of tile `index` of a block, of `count` in all: the last tile begins early.
-int64_t first_of(int64_t block, int64_t block_tiles, int64_t index, int64_t side, int64_t count) {
-  return min64((block * block_tiles + index) * side, count - side);
-}
-
-// Adds the slices' sums of a tile and stores them.
-void store_tile(const float* z, int64_t slice_size, int64_t slices, int64_t channel_stride, int64_t filter_stride,
-                float* dw) {
+// Adds the slices' sums of a tile and stores those from filter k0, channel c0 of it on.
+void store_tile(const float* z, int64_t slice_size, int64_t slices, int64_t k0, int64_t c0, int64_t channel_stride,
+                int64_t filter_stride, float* dw) {
   alignas(64) float sums[kSums];
   for (int i = 0; i < kSums; i += kLanes) {
     f32v sum = load(z + i);
     for (int64_t slice = 1; slice < slices; ++slice) sum += load(z + slice * slice_size + i);
     store(sums + i, sum);
   }
-  for (int k = 0; k < kFilters; ++k)
-    for (int c = 0; c < kChannels; ++c) dw[k * filter_stride + c * channel_stride] = sums[k * kChannels + c];
+  for (int64_t k = k0; k < kFilters; ++k)
+    for (int64_t c = c0; c < kChannels; ++c) dw[k * filter_stride + c * channel_stride] = sums[k * kChannels + c];
 }
 
 }  // namespace
 
 void conv2d_plane_dots_weight_grad_f32(const Conv2dParams& p) {
-  const Plan g = plan_of(p);
+  const Plan g(p);
   const float *const x = static_cast<const float*>(p.x), *const dy = static_cast<const float*>(p.y);
   float* const dw = static_cast<float*>(p.weight);
-  const int64_t plane = p.p * p.q, blocks = g.channel_blocks * g.filter_blocks, block_size = g.tiles() * kSums;
+  const int64_t plane = p.p * p.q, blocks = g.channels.blocks * g.filters.blocks;
+  const int64_t block_size = g.channels.block_tiles * g.filters.block_tiles * kSums;
   const Scratch<float> sums(g.slices * blocks * block_size);
-  const auto channel_of = [&](int64_t block, int64_t tile) {
-    return first_of(block % g.channel_blocks, g.channel_tiles, tile / g.filter_tiles, kChannels, p.c);
-  };
-  const auto filter_of = [&](int64_t block, int64_t tile) {
-    return first_of(block / g.channel_blocks, g.filter_tiles, tile % g.filter_tiles, kFilters, p.k);
-  };
   struct Copies {
     float *x, *dy;
   };
   const ThreadScratch scratch(p.threads, [&](Arena& arena) {
     Copies copies;
     copies.x = arena.take<float>(g.copies ? kChannels * g.pitch : 0);
-    copies.dy = arena.take<float>(g.copies ? g.filter_tiles * kFilters * g.pitch : 0);
+    copies.dy = arena.take<float>(g.copies ? g.filters.block_tiles * kFilters * g.pitch : 0);
     return copies;
   });
 #pragma omp parallel num_threads(p.threads)
@@ -162,31 +156,41 @@ void conv2d_plane_dots_weight_grad_f32(const Conv2dParams& p) {
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < g.slices * blocks; ++task) {
       const int64_t block = task % blocks, slice = task / blocks;
+      const int64_t c_block = block % g.channels.blocks, k_block = block / g.channels.blocks;
+      const int64_t c_tiles = g.channels.tiles(c_block), k_tiles = g.filters.tiles(k_block);
+      const int64_t k0 = g.filters.begin(k_block, 0), k1 = g.filters.begin(k_block, k_tiles - 1) + kFilters;
       const int64_t first = g.stretches * slice / g.slices, last = g.stretches * (slice + 1) / g.slices;
       for (int64_t stretch = first; stretch < last; ++stretch) {
         const int64_t n = stretch / g.pieces * g.images, pixel = stretch % g.pieces * g.length;
         const Stretch s{plane, min64(g.length, plane - pixel), min64(g.images, p.n - n), p.c * plane, p.k * plane};
+        const Stretch copies = s.of_copies(g.pitch);
         const float* const x_stretch = x + n * p.c * plane + pixel;
-        const float* const dy_stretch = dy + n * p.k * plane + pixel;
-        const int64_t k0 = filter_of(block, 0), k1 = filter_of(block, g.filter_tiles - 1) + kFilters;
-        if (g.copies) s.copy(dy_stretch + k0 * plane, s.dy_image, k1 - k0, g.pitch, mine.dy);
-        for (int64_t tile = 0; tile < g.tiles(); ++tile) {
-          const int64_t c = channel_of(block, tile), k = filter_of(block, tile);
-          float* const z = sums.data + task * block_size + tile * kSums;
-          if (g.copies) {
-            if (tile % g.filter_tiles == 0) s.copy(x_stretch + c * plane, s.x_image, kChannels, g.pitch, mine.x);
-            dot_tile(mine.x, mine.dy + (k - k0) * g.pitch, s.of_copies(g.pitch), z, stretch > first);
-          } else {
-            dot_tile(x_stretch + c * plane, dy_stretch + k * plane, s, z, stretch > first);
+        const float* const dy_stretch = dy + (n * p.k + k0) * plane + pixel;
+        if (g.copies) s.copy(dy_stretch, s.dy_image, k1 - k0, g.pitch, mine.dy);
+        for (int64_t i = 0; i < c_tiles; ++i) {
+          const float* const planes = x_stretch + g.channels.begin(c_block, i) * plane;
+          if (g.copies) s.copy(planes, s.x_image, kChannels, g.pitch, mine.x);
+          for (int64_t j = 0; j < k_tiles; ++j) {
+            const int64_t k = g.filters.begin(k_block, j) - k0;
+            float* const z = sums.data + task * block_size + (i * g.filters.block_tiles + j) * kSums;
+            if (g.copies)
+              dot_tile(mine.x, mine.dy + k * g.pitch, copies, z, stretch > first);
+            else
+              dot_tile(planes, dy_stretch + k * plane, s, z, stretch > first);
           }
         }
       }
     }
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < blocks * g.tiles(); ++i) {
-      const int64_t block = i / g.tiles(), tile = i % g.tiles();
-      store_tile(sums.data + i * kSums, blocks * block_size, g.slices, p.weight_stride[1], p.weight_stride[0],
-                 dw + filter_of(block, tile) * p.weight_stride[0] + channel_of(block, tile) * p.weight_stride[1]);
+    for (int64_t row = 0; row < blocks * g.channels.block_tiles; ++row) {
+      const int64_t block = row / g.channels.block_tiles, i = row % g.channels.block_tiles;
+      const int64_t c_block = block % g.channels.blocks, k_block = block / g.channels.blocks;
+      if (i >= g.channels.tiles(c_block)) continue;
+      for (int64_t j = 0; j < g.filters.tiles(k_block); ++j)
+        store_tile(
+            sums.data + (row * g.filters.block_tiles + j) * kSums, blocks * block_size, g.slices,
+            g.filters.shared(k_block, j), g.channels.shared(c_block, i), p.weight_stride[1], p.weight_stride[0],
+            dw + g.filters.begin(k_block, j) * p.weight_stride[0] + g.channels.begin(c_block, i) * p.weight_stride[1]);
     }
   }
 }

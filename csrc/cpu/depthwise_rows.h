@@ -309,6 +309,7 @@ void filter_pairs(const FilterBlock<bf16>& b) {
   store_block<is_part(kLoad)>(b, sums);
 }
 #endif
+
 // float64 and the portable level do with fewer kernels, to save time of compilation: runs of 3 taps or one, and any pick from
 // two vectors.
 #if CNNOPS_ISA_avx2 || CNNOPS_ISA_avx512

@@ -87,6 +87,7 @@ struct WindowRows {
   static constexpr int64_t run = 0;
   [[gnu::always_inline]] C at(int i, int64_t kk) const { return base[offset[i] + term[kk]]; }
 };
+
 template <class C>
 struct FetchingRows {
   const C* base;

@@ -151,6 +151,11 @@ Group group_of(const BatchNormParams& p, int64_t first, int count) {
   finish_group(p, g);
   return g;
 }
+// Calls f(first channel, channels) for the groups of some channels.
+template <class Function>
+[[gnu::always_inline]] inline void for_groups_of(int64_t first, int64_t channels, const Function& f) {
+  for (int64_t c = 0; c < channels; c += kGroup) f(first + c, static_cast<int>(min64(kGroup, channels - c)));
+}
 // Calls f(first channel, channels) for all groups, in a parallel region.
 template <class Function>
 [[gnu::always_inline]] inline void for_groups(const BatchNormParams& p, const Function& f) {
@@ -390,6 +395,7 @@ template <class T>
 }
 #endif
 
+// Of up to kGroup pieces.
 template <class T>
 [[gnu::noinline]] void piece_statistics(const T* x, const Block& pieces, const Workspace<compute_t<T>>& work) {
   using C = compute_t<T>;
@@ -570,10 +576,12 @@ template <class T>
 bool channels_fit(const BatchNormParams& p, const BatchNormPlan& plan) {
   return plan.planes && bytes_read<T>(p, p.n * p.h * p.w) <= kCached && p.c >= 4 * p.threads;
 }
-// Calls f(first channel, channels) in parallel, with as many channels of a group at once as the cache holds.
+// Calls f(first channel, channels) in parallel, with as many channels at once as the near cache holds: the longer the
+// stretches of memory, the faster small planes are read (7 x 7, eight at a time: .6 to .9 times as fast).
 template <class T, class Function>
 [[gnu::always_inline]] inline void for_channels(const BatchNormParams& p, const Function& f) {
-  const int64_t most = max64(min64(kNear / max64(bytes_read<T>(p, p.n * p.h * p.w), 1), kGroup), 1);
+  const int64_t fit = max64(kNear / max64(bytes_read<T>(p, p.n * p.h * p.w), 1), 1);
+  const int64_t most = fit < kGroup ? fit : fit / kGroup * kGroup;
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int thread = 0; thread < p.threads; ++thread) {
     const int64_t end = p.c * (thread + 1) / p.threads;
@@ -706,9 +714,14 @@ void training_as(const BatchNormParams& p, const BatchNormPlan& plan, const Work
                          CNNOPS_INLINE { set_coefficients(p, plan, work, set_statistics(p, plan, work, c, count)); };
   if (channels_fit<T>(p, plan)) {
     return for_channels<T>(p, [&](int64_t c, int count) CNNOPS_INLINE {
-      for_planes<false>(p, plan, c, count,
-                        [&](const Block& planes) CNNOPS_INLINE { piece_statistics(x, planes, work); });
-      group(c, count);
+      for_planes<false>(p, plan, c, count, [&](const Block& planes) CNNOPS_INLINE {
+        for_groups_of(0, planes.rows, [&](int64_t r, int rows) CNNOPS_INLINE {
+          Block some = planes;
+          some.begin += r * planes.stride, some.rows = rows, some.column += r, some.partial += r;
+          piece_statistics(x, some, work);
+        });
+      });
+      for_groups_of(c, count, group);
       for_planes<true>(p, plan, c, count,
                        [&](const Block& planes) CNNOPS_INLINE { normalize_piece<kKind, T>(p, work, planes); });
     });
@@ -890,11 +903,14 @@ void backward_as(const BatchNormParams& p, const BatchNormPlan& plan, const Work
   if (first.dresidual) second.dy = first.dresidual;
   if (channels_fit<T>(p, plan)) {
     return for_channels<T>(p, [&](int64_t c, int count) CNNOPS_INLINE {
-      const Group group = group_of(p, c, count);
-      set_coefficients(p, plan, work, group);
+      for_groups_of(c, count, [&](int64_t from, int some) CNNOPS_INLINE {
+        set_coefficients(p, plan, work, group_of(p, from, some));
+      });
       for_planes<false>(p, plan, c, count,
                         [&](const Block& planes) CNNOPS_INLINE { piece_sums<kSums, T>(first, work, planes); });
-      set_gradients(p, plan, work, group);
+      for_groups_of(c, count, [&](int64_t from, int some) CNNOPS_INLINE {
+        set_gradients(p, plan, work, group_of(p, from, some));
+      });
       if (!elements) return;
       for_planes<true>(p, plan, c, count,
                        [&](const Block& planes) CNNOPS_INLINE { piece_gradient<kDx, T>(second, work, planes); });

@@ -1,10 +1,11 @@
 # The only place with instruction-set and CUDA compile flags.
 #
 #   cnnops_add_module(<target> <sources>...)  the Python extension module
-#   cnnops_add_op(<op> [CPU <names>...] [PAIRS <names>...] [CUDA <names>...|NO_CUDA])
+#   cnnops_add_op(<op> [CPU <names>...] [BF16 <names>...] [PAIRS <names>...] [CUDA <names>...|NO_CUDA])
 #                                             csrc/ops/<op>.cpp, csrc/reference/<op>.cpp, and csrc/cpu/<name>.cpp once per
-#                                             instruction set (<op>.cpp where no names are given); what is under PAIRS once
-#                                             per instruction set with products of pairs of bfloat16 numbers;
+#                                             instruction set (<op>.cpp where no names are given); what is under BF16 once
+#                                             more, for bfloat16 alone, with the instructions that round to it; what is under
+#                                             PAIRS once per instruction set with products of pairs of bfloat16 numbers;
 #                                             csrc/cuda/<name>.cu (<op>.cu where no names are given)
 set(CMAKE_CXX_STANDARD 20)
 set(CMAKE_CXX_STANDARD_REQUIRED ON)
@@ -167,7 +168,7 @@ function(cnnops_add_module target)
 endfunction()
 
 function(cnnops_add_op op)
-  cmake_parse_arguments(ARG "NO_CUDA" "" "CPU;PAIRS;CUDA" ${ARGN})
+  cmake_parse_arguments(ARG "NO_CUDA" "" "CPU;BF16;PAIRS;CUDA" ${ARGN})
   if(NOT ARG_CPU)
     set(ARG_CPU ${op})
   endif()
@@ -181,6 +182,11 @@ function(cnnops_add_op op)
       target_sources(cnnops_${isa} PRIVATE csrc/cpu/${source}.cpp)
     endforeach()
   endforeach()
+  if(CNNOPS_HAS_PAIRS)
+    foreach(source ${ARG_BF16})
+      target_sources(cnnops_avx512_bf16 PRIVATE csrc/cpu/${source}.cpp)
+    endforeach()
+  endif()
   foreach(isa ${CNNOPS_PAIRS_ISAS})
     foreach(source ${ARG_PAIRS})
       target_sources(cnnops_${isa} PRIVATE csrc/cpu/${source}.cpp)

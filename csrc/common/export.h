@@ -9,6 +9,13 @@
 #error "CNNOPS_ISA names the namespace; cmake/cnnops.cmake defines it"
 #endif
 
+#if CNNOPS_ISA_avx512_bf16  // whose own is arithmetic on bfloat16 numbers
+#define CNNOPS_EXPORT(name, Params, kernel) CNNOPS_EXPORT_FLOAT(name, Params, kernel)
+#define CNNOPS_EXPORT_FLOAT(name, Params, kernel)                  \
+  namespace cnnops::CNNOPS_ISA {                                   \
+  void name##_bf16(const Params& p) { kernel<::cnnops::bf16>(p); } \
+  }
+#else
 #define CNNOPS_EXPORT(name, Params, kernel)               \
   CNNOPS_EXPORT_FLOAT(name, Params, kernel)               \
   namespace cnnops::CNNOPS_ISA {                          \
@@ -21,3 +28,4 @@
   void name##_bf16(const Params& p) { kernel<::cnnops::bf16>(p); } \
   void name##_f16(const Params& p) { kernel<::cnnops::f16>(p); }   \
   }
+#endif

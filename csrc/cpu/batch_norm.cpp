@@ -650,10 +650,8 @@ template <Kind kKind, class T>
 template <class T>
 [[gnu::always_inline]] inline void store_both(T* p, vec<compute_t<T>> first, vec<compute_t<T>> second) {
 #if CNNOPS_ISA_avx512
-  if constexpr (std::is_same_v<T, bf16>) {  // one permutation and one store for both
-    const __m512i odds = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27,
-                                          25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
-    _mm512_storeu_si512(p, _mm512_permutex2var_epi16(rounded_high(first), odds, rounded_high(second)));
+  if constexpr (std::is_same_v<T, bf16>) {  // one store for both
+    _mm512_storeu_si512(p, narrow_both(first, second));
     return;
   }
 #endif

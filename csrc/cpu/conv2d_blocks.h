@@ -51,22 +51,6 @@ struct Output {
   bool stream;  // around the caches
 };
 
-// The first n lanes, rounded; whole vectors around the caches if `stream`.
-template <class T>
-[[gnu::always_inline]] inline void store_rounded(T* out, vec<compute_t<T>> v, int n, bool stream) {
-#if CNNOPS_ISA_avx512_bf16 || CNNOPS_ISA_amx
-  if constexpr (__is_same(T, ::cnnops::bf16)) {  // one instruction where store_n takes eight; it flushes denormals
-    const __m256i rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v)));
-    if (stream && n >= lanes<float> && reinterpret_cast<uintptr_t>(out) % sizeof rounded == 0)
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(out), rounded);
-    else
-      _mm256_mask_storeu_epi16(out, n >= lanes<float> ? 0xffffu : (1u << n) - 1, rounded);
-    return;
-  }
-#endif
-  store_output(out, v, n, stream);
-}
-
 // n sums + bias + residual, through the activation, to out[0], out[step], ... `bias_vector` has one per element.
 template <class T>
 void finish_row(const compute_t<T>* sums, int64_t n, compute_t<T> bias, const T* bias_vector, const T* residual,
@@ -74,7 +58,7 @@ void finish_row(const compute_t<T>* sums, int64_t n, compute_t<T> bias, const T*
   using C = compute_t<T>;
   int64_t i = 0;
   if (!bias_vector && !residual && activation == Activation::none && step == 1) {
-    for (; i + lanes<C> <= n; i += lanes<C>) store_rounded(out + i, load(sums + i) + bias, lanes<C>, stream);
+    for (; i + lanes<C> <= n; i += lanes<C>) store_output(out + i, load(sums + i) + bias, lanes<C>, stream);
   }
   for (; i < n; i += lanes<C>) {
     const int part = static_cast<int>(min64(n - i, lanes<C>));
@@ -83,7 +67,7 @@ void finish_row(const compute_t<T>* sums, int64_t n, compute_t<T> bias, const T*
     if (step == 1) {
       if (residual) z += load_n(residual + i, part);
       if (activation != Activation::none) z = activate<C>(z, activation);
-      store_rounded(out + i, z, part, stream);
+      store_output(out + i, z, part, stream);
     } else {
       if (residual)
         for (int j = 0; j < part; ++j) z[j] += load_scalar(residual[(i + j) * step]);
@@ -137,7 +121,7 @@ void finish_pixels(const Output<T>& g, const int64_t* to, int64_t pixels, int64_
   if (!g.bias && !g.residual && g.activation == Activation::none && channels % lanes<compute_t<T>> == 0) {
     for (int64_t i = 0; i < pixels; ++i)
       for (int64_t j = 0; j < channels; j += lanes<compute_t<T>>)
-        store_rounded(g.data + to[i] + m + j, load(sums + i * pitch + j), lanes<compute_t<T>>, g.stream);
+        store_output(g.data + to[i] + m + j, load(sums + i * pitch + j), lanes<compute_t<T>>, g.stream);
     return;
   }
   for (int64_t i = 0; i < pixels; ++i)

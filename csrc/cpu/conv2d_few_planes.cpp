@@ -156,7 +156,7 @@ struct ForwardTile {
 #pragma GCC unroll 8
         for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-          for (int v = 0; v < kVecs; ++v) store_rounded(out[v] + i * plane, sum[i][v] + bias[i], lanes<C>, around);
+          for (int v = 0; v < kVecs; ++v) store_output(out[v] + i * plane, sum[i][v] + bias[i], lanes<C>, around);
       };
       return stream ? put(true) : put(false);
     }

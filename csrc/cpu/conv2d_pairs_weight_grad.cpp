@@ -274,7 +274,7 @@ void store_terms(const Conv2dParams& p, const Plan& g, const float* sums, int64_
     for (int64_t k = 0; k < filters; ++k)
       for (int64_t i = first; i < last; i += lanes<float>) {
         const int part = static_cast<int>(min64(last - i, lanes<float>));
-        store_rounded(dw + k * p.weight_stride[0] + at + i - first, load_n(sums + k * pitch + i, part), part, false);
+        store_output(dw + k * p.weight_stride[0] + at + i - first, load_n(sums + k * pitch + i, part), part, false);
       }
     first = last;
   }

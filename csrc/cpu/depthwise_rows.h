@@ -173,18 +173,6 @@ template <class T>
   }
 }
 
-// A sum, rounded.
-template <class T>
-[[gnu::always_inline]] inline void store_sum(T* out, vec<compute_t<T>> v) {
-#if CNNOPS_ISA_avx512_bf16
-  if constexpr (kPairs<T>) {  // one instruction where store takes seven; it flushes denormals, as products of pairs do
-    const __m256bh rounded = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
-    return _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), reinterpret_cast<__m256i>(rounded));
-  }
-#endif
-  store(out, v);
-}
-
 template <bool kPart, class T, int kCount>
 [[gnu::always_inline]] inline void store_block(const FilterBlock<T>& b, const vec<compute_t<T>> (&sum)[kCount]) {
   using C = compute_t<T>;
@@ -199,7 +187,7 @@ template <bool kPart, class T, int kCount>
       return;
     }
     unrolled<0, kCount>([&](auto j) CNNOPS_INLINE {
-      if (j.value < live) store_sum(out + j.value * out_pixel, sum[j.value]);
+      if (j.value < live) store(out + j.value * out_pixel, sum[j.value]);
     });
     return;
   }

@@ -88,7 +88,10 @@
   CNNOPS_KERNEL(pass, amx, f32, function##_f32, accepts)   \
   CNNOPS_KERNEL(pass, amx, bf16, function##_bf16, accepts) \
   CNNOPS_KERNEL(pass, avx512_bf16, bf16, function##_bf16, accepts)
+// The same source as at avx512, compiled again with the instructions that round to bfloat16.
+#define CNNOPS_KERNEL_BF16(pass, function, accepts) CNNOPS_KERNEL(pass, avx512_bf16, bf16, function##_bf16, accepts)
 #else
+#define CNNOPS_KERNEL_BF16(pass, function, accepts)
 #define CNNOPS_KERNEL_PAIRS(pass, isa, dtype, function, accepts)
 #define CNNOPS_KERNELS_PAIRS(pass, function, accepts)
 #endif

@@ -83,7 +83,14 @@ template <class C>
   return reinterpret_cast<vec<float>>(__builtin_convertvector(bits, u32v) << 16);
 #endif
 }
-#if CNNOPS_ISA_avx512
+// Whether there are instructions that round to bfloat16: one in the place of seven. They flush denormals (below 1.2e-38).
+#if CNNOPS_ISA_avx512_bf16 || CNNOPS_ISA_amx
+#define CNNOPS_ISA_ROUNDS_BF16 1
+#else
+#define CNNOPS_ISA_ROUNDS_BF16 0
+#endif
+
+#if CNNOPS_ISA_avx512 && !CNNOPS_ISA_ROUNDS_BF16
 // Rounded to bfloat16, to nearest even, in the high half of each lane, from where one permutation takes the numbers. NaN
 // stays NaN.
 [[gnu::always_inline]] inline __m512i rounded_high(vec<float> v) {
@@ -95,7 +102,9 @@ template <class C>
 }
 #endif
 [[gnu::always_inline]] inline u16v narrow(vec<float> v) {
-#if CNNOPS_ISA_avx512
+#if CNNOPS_ISA_ROUNDS_BF16
+  return reinterpret_cast<u16v>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v)));
+#elif CNNOPS_ISA_avx512
   return reinterpret_cast<u16v>(_mm512_castsi512_si256(
       _mm512_permutexvar_epi16(_mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 31, 29, 27, 25, 23, 21,
                                                 19, 17, 15, 13, 11, 9, 7, 5, 3, 1),
@@ -228,10 +237,30 @@ template <class T>
 }
 
 #if CNNOPS_ISA_avx512
+// first[0], first[1], ..., second[0], ...
+[[gnu::always_inline]] inline __m512i narrow_both(vec<float> first, vec<float> second) {
+#if CNNOPS_ISA_ROUNDS_BF16
+  return reinterpret_cast<__m512i>(
+      _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first)));
+#else  // one permutation for both
+  const __m512i odds = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25,
+                                        23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  return _mm512_permutex2var_epi16(rounded_high(first), odds, rounded_high(second));
+#endif
+}
+// even[0], odd[0], even[1], ...
+[[gnu::always_inline]] inline __m512i narrow_zipped(vec<float> even, vec<float> odd) {
+#if CNNOPS_ISA_ROUNDS_BF16
+  const __m512i low = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(narrow(even)));
+  const __m512i high = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(narrow(odd)));
+  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+#else
+  return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(rounded_high(even), 16), rounded_high(odd));
+#endif
+}
 // The first n of even[0], odd[0], even[1], ...
 [[gnu::always_inline]] inline void store_zipped_n(bf16* p, vec<float> even, vec<float> odd, int n) {
-  const __m512i low = _mm512_srli_epi32(rounded_high(even), 16);
-  const __m512i both = _mm512_mask_blend_epi16(0xaaaaaaaau, low, rounded_high(odd));
+  const __m512i both = narrow_zipped(even, odd);
   if (n >= 2 * lanes<float>) {
     _mm512_storeu_si512(p, both);
   } else {

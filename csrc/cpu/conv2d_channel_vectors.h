@@ -316,10 +316,12 @@ struct Packed {
 // row; both at the first channel of v0. Fetches what comes next meanwhile, `input` and `output` in pieces.
 template <class X, bool kGroups, class P>
 void filter_row(const Plan<X, kGroups>& plan, int64_t y, int64_t v0, int64_t v1, const X* in, const P& packed, X* out,
-                const X* residual, FilterBlock<X> b, const Ahead& input, const Ahead& output, PixelsAhead next) {
+                const X* residual, FilterBlock<X> b, const Ahead& next_input, const Ahead& next_output,
+                PixelsAhead next) {
   using C = compute_t<X>;
   const int64_t i = y / plan.osh, top = i * plan.ish, out_pixel = b.out_pixel / plan.osw;
   const Phase<X>* phase = plan.phases.data + y % plan.osh * plan.phases_w;
+  AheadSteps input(next_input, v1 - v0), output(next_output, v1 - v0);
   for (int64_t w = 0; w < plan.phases_w; ++w, ++phase) {
     const Lattice& l = phase->lattice;
     const Run *first = phase->runs, *last = first + phase->run_count;
@@ -338,10 +340,7 @@ void filter_row(const Plan<X, kGroups>& plan, int64_t y, int64_t v0, int64_t v1,
     while (kWidths[kind] < width) ++kind;
     const auto kernel = phase->kernels.of[kind];
     for (int64_t v = v0; v < v1; ++v) {
-      if (w == 0) {
-        input.fetch(v - v0, v1 - v0);
-        output.fetch(v - v0, v1 - v0);
-      }
+      if (w == 0) input.fetch(), output.fetch();
       const int64_t c0 = plan.vectors.start(v) - plan.vectors.start(v0);
       const X* const from = under + plan.first_channel(v) - plan.first_channel(v0);
       b.picks = plan.picks.vector(v);

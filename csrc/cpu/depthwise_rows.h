@@ -114,6 +114,19 @@ struct Ahead {
   }
 };
 
+// The same, step by step without divisions: two for each vector of a row took a tenth of the time of 3 x 3 at 7 x 7.
+struct AheadSteps {
+  const char* at;
+  int64_t runs, step, bytes, steps, due = 0;
+
+  AheadSteps(const Ahead& a, int64_t steps)
+      : at(static_cast<const char*>(a.first)), runs(a.runs), step(a.step), bytes(a.bytes), steps(steps) {}
+  void fetch() {
+    for (due += runs; due >= steps; due -= steps, at += step)
+      for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(at + byte, 0, 2);
+  }
+};
+
 // The same by `calls` calls, each of some whole runs: from far away, many lines at once would hold up the loads behind them, and
 // lines apart from each other take longer.
 struct PixelsAhead {

@@ -617,8 +617,8 @@ template <class T, class Function>
   }
 }
 
-// none and relu cost less than the jump that chooses among the others.
-enum class Kind { none, relu, relu_of_output, any };
+// none and relu cost less than the jump that chooses among the others, and the call; silu is in many networks.
+enum class Kind { none, relu, relu_of_output, silu, any };
 
 template <class C>
 [[gnu::noinline]] vec<C> activate_any(vec<C> z, Activation a) {
@@ -637,6 +637,7 @@ template <Kind kKind, class T>
   vec<C> z = fma(load_n(static_cast<const T*>(p.x) + i, part) - m, a, b);
   if (p.residual) z += load_n(static_cast<const T*>(p.residual) + i, part);
   if constexpr (kKind == Kind::relu) z = activate<Activation::relu, C>(z);
+  if constexpr (kKind == Kind::silu) z = activate<Activation::silu, C>(z);
   if constexpr (kKind == Kind::any) z = activate_any<C>(z, p.activation);
   return z;
 }
@@ -739,6 +740,7 @@ void training(const BatchNormParams& p) {
   switch (p.activation) {
     case Activation::none: return training_as<Kind::none, T>(p, plan, work);
     case Activation::relu: return training_as<Kind::relu, T>(p, plan, work);
+    case Activation::silu: return training_as<Kind::silu, T>(p, plan, work);
     default: return training_as<Kind::any, T>(p, plan, work);
   }
 }
@@ -759,6 +761,7 @@ void evaluation(const BatchNormParams& p) {
   switch (p.activation) {
     case Activation::none: return evaluation_as<Kind::none, T>(p, plan, work);
     case Activation::relu: return evaluation_as<Kind::relu, T>(p, plan, work);
+    case Activation::silu: return evaluation_as<Kind::silu, T>(p, plan, work);
     default: return evaluation_as<Kind::any, T>(p, plan, work);
   }
 }
@@ -786,6 +789,7 @@ template <Kind kKind, class T>
       if (p.residual) z += load_n(static_cast<const T*>(p.residual) + i, part);
     }
     if constexpr (kKind == Kind::relu) return z <= zero ? zero : dy;
+    if constexpr (kKind == Kind::silu) return dy * derivative<Activation::silu, C>(z);
     return dy * derivative_any<C>(z, p.activation, p.saved_y != nullptr);
   }
 }
@@ -941,9 +945,13 @@ void backward(const BatchNormParams& p) {
   const Workspace<compute_t<T>> work(p);
   if (p.activation == Activation::none) return backward_as<Kind::none, Kind::none, T>(p, plan, work);
   if (p.activation != Activation::relu) {
+    const bool silu = p.activation == Activation::silu;
     // Left in dx, dz of a 16-bit type would be rounded before the second pass.
-    if (p.dresidual || sizeof(T) == sizeof(compute_t<T>)) return backward_as<Kind::any, Kind::none, T>(p, plan, work);
-    return backward_as<Kind::any, Kind::any, T>(p, plan, work);
+    if (p.dresidual || sizeof(T) == sizeof(compute_t<T>))
+      return silu ? backward_as<Kind::silu, Kind::none, T>(p, plan, work)
+                  : backward_as<Kind::any, Kind::none, T>(p, plan, work);
+    return silu ? backward_as<Kind::silu, Kind::silu, T>(p, plan, work)
+                : backward_as<Kind::any, Kind::any, T>(p, plan, work);
   }
   if (p.saved_y)
     return p.dresidual ? backward_as<Kind::relu_of_output, Kind::none, T>(p, plan, work)

@@ -624,6 +624,7 @@ BATCH_NORMS = (
     dict(shape=(5, 16, 6, 7), act="gelu", residual=True, weight=False, affine=None),
     dict(shape=(3, 20, 13, 5), act="softplus", residual=True, weight=True, affine=None),
     dict(shape=(3, 21, 7, 7), act="relu", residual=True, weight=True, affine=None),
+    dict(shape=(2, 19, 6, 9), act="silu", residual=False, weight=True, affine=torch.float32),
 )
 
 

@@ -716,7 +716,7 @@ void training_as(const BatchNormParams& p, const BatchNormPlan& plan, const Work
       for_planes<false>(p, plan, c, count, [&](const Block& planes) CNNOPS_INLINE {
         for_groups_of(0, planes.rows, [&](int64_t r, int rows) CNNOPS_INLINE {
           Block some = planes;
-          some.begin += r * planes.stride, some.rows = rows, some.column += r, some.partial += r;
+          some.begin += r * planes.stride, some.rows = rows, some.partial += r;
           piece_statistics(x, some, work);
         });
       });

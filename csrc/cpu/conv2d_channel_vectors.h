@@ -130,7 +130,8 @@ struct Phase {
   const Run* runs;
   int64_t run_count;
   int64_t packed;  // the vectors of filters before its own
-  FilterKernels<X> kernels;
+  int64_t width;   // of its blocks of pixels
+  typename FilterKernels<X>::Kernel kernel;
 };
 
 // A filter's weight of one of its inputs; of pairs, the second one's too, where there is one.
@@ -187,7 +188,10 @@ struct Plan {
       const bool adjacent = !part && width > 1 && sorted[1].dw == sorted[0].dw + 1;
       phase->lattice = l;
       phase->taps = adjacent ? side_by_side<C>(width, l.isw) : 1;
-      choose_kernels(*phase);
+      // Depthwise, blocks of about one size; where inputs are picked, as wide as can be.
+      phase->width = max64(
+          kGroups ? min64(l.columns, kMostPixels) : ceil_div(l.columns, max64(ceil_div(l.columns, kMostPixels), 1)), 1);
+      phase->kernel = choose_kernel(*phase);
       phase->runs = run;
       phase->packed = count;
       for (int64_t i = 0; i < l.count; i += phase->taps) {
@@ -220,19 +224,27 @@ struct Plan {
     else
       forward_lattice(p, taps.data, add);
   }
-  void choose_kernels(Phase<X>& phase) const {
+  auto choose_kernel(const Phase<X>& phase) const {
+    FilterKernels<X> kernels;
+    const int64_t taps = phase.taps, step = phase.lattice.isw;
     if constexpr (kGroups) {
-      if (part) return phase.kernels.template choose<Load::picked_part>(phase.taps, phase.lattice.isw);
-      if constexpr (!kFewKernels<C>) {
-        if (!picks.two) return phase.kernels.template choose<Load::picked>(phase.taps, phase.lattice.isw);
+      if (part) {
+        kernels.template choose<Load::picked_part>(taps, step);
+      } else if (kFewKernels<C> || picks.two) {
+        kernels.template choose<Load::picked_two>(taps, step);
+      } else {
+        if constexpr (!kFewKernels<C>) kernels.template choose<Load::picked>(taps, step);
       }
-      return phase.kernels.template choose<Load::picked_two>(phase.taps, phase.lattice.isw);
+    } else if (part) {
+      kernels.template choose<Load::part>(1, 1);
     } else {
-      if (part) return phase.kernels.template choose<Load::part>(1, 1);
-      return phase.kernels.template choose<Load::whole>(phase.taps, phase.lattice.isw);
+      kernels.template choose<Load::whole>(taps, step);
     }
+    int kind = 0;
+    while (kWidths[kind] < phase.width) ++kind;
+    return kernels.of[kind];
   }
-  int64_t first_channel(int64_t v) const { return inputs.first(vectors, v); }
+  int64_t first_channel(int64_t v) const { return kGroups ? inputs.first(vectors, v) : vectors.start(v); }
   int64_t last_channel(int64_t v) const { return inputs.last(vectors, v); }
   // Input rows [first_input(y0), last_input(y1)) are all that output rows [y0, y1) read.
   int64_t first_input(int64_t y0) const { return max64(0, min64(in_h, y0 / osh * ish + min_dh)); }
@@ -332,13 +344,10 @@ void filter_row(const Plan<X, kGroups>& plan, int64_t y, int64_t v0, int64_t v1,
     b.count = last - first;
     b.column = phase->taps > 1 ? b.pixel : b.pixel * l.isw;
     const int64_t filters = (1 + phase->packed + (first - phase->runs) * phase->taps) * lanes<C>;
-    const int64_t width =
-        kGroups ? min64(l.columns, kMostPixels) : ceil_div(l.columns, ceil_div(l.columns, kMostPixels));
+    const int64_t width = phase->width;
     const int64_t origin_step = phase->taps > 1 ? l.isw : 1;
     const X* const under = in + top * b.row;
-    int kind = 0;
-    while (kWidths[kind] < width) ++kind;
-    const auto kernel = phase->kernels.of[kind];
+    const auto kernel = phase->kernel;
     for (int64_t v = v0; v < v1; ++v) {
       if (w == 0) input.fetch(), output.fetch();
       const int64_t c0 = plan.vectors.start(v) - plan.vectors.start(v0);

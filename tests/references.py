@@ -402,6 +402,7 @@ CONVOLUTIONS = (
     dict(x=(1, 3, 32, 30), k=16, rs=(7, 7), stride=(2, 2), padding=(3, 3), dilation=(1, 1), groups=1),
     dict(x=(1, 300, 5, 4), k=33, rs=(1, 1), stride=(2, 2), padding=(0, 0), dilation=(1, 1), groups=1),
     dict(x=(2, 21, 12, 37), k=21, rs=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=21),
+    dict(x=(1, 17, 9, 8), k=17, rs=(3, 3), stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=17),
     dict(x=(2, 33, 15, 14), k=33, rs=(5, 3), stride=(2, 2), padding=(2, 1), dilation=(1, 2), groups=33),
     dict(x=(1, 6, 9, 40), k=6, rs=(7, 7), stride=(1, 3), padding=(3, 9), dilation=(1, 1), groups=6),
     dict(x=(2, 16, 7, 7), k=16, rs=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=16),

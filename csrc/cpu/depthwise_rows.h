@@ -431,6 +431,49 @@ struct GradRun {
   Range rows;  // the output rows for which its input row lies inside the image
 };
 
+#if CNNOPS_ISA_avx512_bf16
+// sum[r][s] += the correlation of the nine taps of 3 x 3, stride 1, with two output rows, `x` and `dy` at the first column of
+// the upper one and tap (0, 0): a lane's pair are its channel's pixels in both rows. An input column makes three pairs of rows,
+// and each meets three columns of dy: 9 products and 8 shuffles for what takes 18 products and 18 conversions of widened
+// pixels, 1.2 to 1.4 times as fast.
+[[gnu::always_inline]] inline void correlate_two_rows(Correlation<bf16>& b, const bf16* x, const bf16* dy,
+                                                      int64_t first, int64_t last, vec<float> (&sum)[3][1][3]) {
+  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                              6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const auto get = [](const bf16* p) CNNOPS_INLINE { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); };
+  const auto pair = [&](__m256i upper, __m256i lower) CNNOPS_INLINE {
+    return _mm512_permutexvar_epi16(interleave, _mm512_inserti64x4(_mm512_castsi256_si512(upper), lower, 1));
+  };
+  const bf16 *const x1 = x + b.x_row, *const x2 = x1 + b.x_row, *const x3 = x2 + b.x_row, *const dy1 = dy + b.dy_row;
+  const int64_t columns = b.columns;
+  __m512i d[3] = {};  // of this column of dy and the two before
+  // Column w of x, of which taps s from `from` to `to` meet columns w - s of dy.
+  const auto column = [&](int64_t w, auto from, auto to) CNNOPS_INLINE {
+    d[2] = d[1], d[1] = d[0];
+    if constexpr (decltype(from)::value == 0) d[0] = pair(get(dy + w * b.dy_pixel), get(dy1 + w * b.dy_pixel));
+    if (w < first || w >= last) return;
+    const int64_t at = w * b.x_pixel;
+    const __m256i rows[] = {get(x + at), get(x1 + at), get(x2 + at), get(x3 + at)};
+    unrolled<0, 3>([&](auto r) CNNOPS_INLINE {
+      const __m512bh pairs = reinterpret_cast<__m512bh>(pair(rows[r.value], rows[r.value + 1]));
+      unrolled<decltype(from)::value, decltype(to)::value>([&](auto s) CNNOPS_INLINE {
+        vec<float>& of_tap = sum[r.value][0][s.value];
+        of_tap = reinterpret_cast<vec<float>>(
+            _mm512_dpbf16_ps(reinterpret_cast<__m512>(of_tap), pairs, reinterpret_cast<__m512bh>(d[s.value])));
+      });
+    });
+  };
+  column(0, Constant<0>{}, Constant<1>{});
+  column(1, Constant<0>{}, Constant<2>{});
+  for (int64_t w = 2; w < columns;) {
+    b.pixels_x.fetch(), b.pixels_dy.fetch();
+    for (const int64_t end = min64(w + kMostPixels / 2, columns); w < end; ++w) column(w, Constant<0>{}, Constant<3>{});
+  }
+  column(columns, Constant<1>{}, Constant<3>{});
+  column(columns + 1, Constant<2>{}, Constant<3>{});
+}
+#endif
+
 // sums[run][tap][lane] += the correlation of kRuns runs with output rows [b.first_row, b.last_row). Several runs at once read
 // each row of dy once.
 template <class T, int kTaps, int kStep, Load kLoad, int kRuns>
@@ -451,6 +494,7 @@ void correlate(Correlation<T>& b, const GradRun* runs, compute_t<T>* sums) {
   });
   const Loader<T, kLoad> get(b, runs[0].run);
   const Range rows = kRuns == 1 ? runs[0].rows : Range{b.first_row, b.last_row};
+  int64_t paired = 0;  // rows below this one have been taken with the one above
   for (int64_t i = max64(b.first_row, rows.first); i < min64(b.last_row, rows.last); ++i) {
     const int64_t now = b.now * (b.last_row - b.first_row) + i - b.first_row;
     b.next_x.fetch(now, b.steps * (b.last_row - b.first_row));
@@ -459,6 +503,18 @@ void correlate(Correlation<T>& b, const GradRun* runs, compute_t<T>* sums) {
     const T* dy = b.dy + i * b.dy_row;
     // The runs of a block differ by their rows alone, so their columns and input channel are the first one's.
     int64_t left = b.columns, first = runs[0].run.first, last = runs[0].run.last;
+#if CNNOPS_ISA_avx512_bf16
+    if constexpr (kPairs<T> && kLoad == Load::whole && kTaps == 3 && kStep == 1 && kRuns == 3) {
+      if (i < paired) continue;
+      // The first run is inside of the image at this row, and the last one at the next: so are all.
+      if (i + 1 < b.last_row && i >= runs[0].rows.first && i + 1 < runs[2].rows.last && left > 1 &&
+          b.x_step == b.x_row && runs[1].run.dh == runs[0].run.dh + 1) {
+        correlate_two_rows(b, x + offset[0], dy, first, last, sum);
+        paired = i + 2;
+        continue;
+      }
+    }
+#endif
     const auto blocks = [&](auto count) CNNOPS_INLINE {
       constexpr int kCount = decltype(count)::value;
       for (; left >= kCount; left -= kCount) {

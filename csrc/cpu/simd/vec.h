@@ -248,19 +248,12 @@ template <class T>
   return _mm512_permutex2var_epi16(rounded_high(first), odds, rounded_high(second));
 #endif
 }
-// even[0], odd[0], even[1], ...
-[[gnu::always_inline]] inline __m512i narrow_zipped(vec<float> even, vec<float> odd) {
-#if CNNOPS_ISA_ROUNDS_BF16
-  const __m512i low = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(narrow(even)));
-  const __m512i high = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(narrow(odd)));
-  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
-#else
-  return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(rounded_high(even), 16), rounded_high(odd));
 #endif
-}
+#if CNNOPS_ISA_avx512 && !CNNOPS_ISA_ROUNDS_BF16
 // The first n of even[0], odd[0], even[1], ...
 [[gnu::always_inline]] inline void store_zipped_n(bf16* p, vec<float> even, vec<float> odd, int n) {
-  const __m512i both = narrow_zipped(even, odd);
+  const __m512i low = _mm512_srli_epi32(rounded_high(even), 16);
+  const __m512i both = _mm512_mask_blend_epi16(0xaaaaaaaau, low, rounded_high(odd));
   if (n >= 2 * lanes<float>) {
     _mm512_storeu_si512(p, both);
   } else {

@@ -247,6 +247,13 @@ void filter_block(const FilterBlock<T>& b) {
 }
 
 #if CNNOPS_ISA_avx512_bf16
+// Lane i of two vectors of 16 numbers, side by side.
+[[gnu::always_inline]] inline __m512i paired(__m256i upper, __m256i lower) {
+  const __m512i lanes = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(lanes, _mm512_inserti64x4(_mm512_castsi256_si512(upper), lower, 1));
+}
+
 template <int kTaps, int kStep, int kCount, Load kLoad>
 void filter_pairs(const FilterBlock<bf16>& b) {
   constexpr int kColumns = kTaps == 1 ? kCount : (kCount - 1) * kStep + kTaps;
@@ -259,9 +266,6 @@ void filter_pairs(const FilterBlock<bf16>& b) {
     if constexpr (is_part(kLoad)) return _mm256_maskz_loadu_epi16(mask, p);
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   };
-  // Lane i of two vectors of 16 numbers, side by side.
-  const __m512i both = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                        5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   const float* filter = b.filters;
   const int64_t column = b.column, row = b.row, pixel = b.pixel, origin = b.origin;
   for (const Run *run = b.runs, *const end = run + b.count; run < end; ++run, filter += kTaps * kLanes) {
@@ -292,10 +296,7 @@ void filter_pairs(const FilterBlock<bf16>& b) {
     unrolled<0, kTaps>([&](auto s) CNNOPS_INLINE { f[s.value] = _mm512_loadu_si512(filter + s.value * kLanes); });
     if (above && below) {
       const bf16 *const upper = in + run->dh * row, *const lower = in + second * row;
-      columns(f, [&](int64_t at) CNNOPS_INLINE {
-        return _mm512_permutexvar_epi16(
-            both, _mm512_inserti64x4(_mm512_castsi256_si512(get(upper + at)), get(lower + at), 1));
-      });
+      columns(f, [&](int64_t at) CNNOPS_INLINE { return paired(get(upper + at), get(lower + at)); });
     } else if (above || below) {  // the other row's numbers are zeros
       const bf16* const only = in + (above ? run->dh : second) * row;
       unrolled<0, kTaps>([&](auto s) CNNOPS_INLINE {
@@ -438,24 +439,19 @@ struct GradRun {
 // pixels, 1.2 to 1.4 times as fast.
 [[gnu::always_inline]] inline void correlate_two_rows(Correlation<bf16>& b, const bf16* x, const bf16* dy,
                                                       int64_t first, int64_t last, vec<float> (&sum)[3][1][3]) {
-  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
-                                              6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   const auto get = [](const bf16* p) CNNOPS_INLINE { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); };
-  const auto pair = [&](__m256i upper, __m256i lower) CNNOPS_INLINE {
-    return _mm512_permutexvar_epi16(interleave, _mm512_inserti64x4(_mm512_castsi256_si512(upper), lower, 1));
-  };
   const bf16 *const x1 = x + b.x_row, *const x2 = x1 + b.x_row, *const x3 = x2 + b.x_row, *const dy1 = dy + b.dy_row;
   const int64_t columns = b.columns;
   __m512i d[3] = {};  // of this column of dy and the two before
   // Column w of x, of which taps s from `from` to `to` meet columns w - s of dy.
   const auto column = [&](int64_t w, auto from, auto to) CNNOPS_INLINE {
     d[2] = d[1], d[1] = d[0];
-    if constexpr (decltype(from)::value == 0) d[0] = pair(get(dy + w * b.dy_pixel), get(dy1 + w * b.dy_pixel));
+    if constexpr (decltype(from)::value == 0) d[0] = paired(get(dy + w * b.dy_pixel), get(dy1 + w * b.dy_pixel));
     if (w < first || w >= last) return;
     const int64_t at = w * b.x_pixel;
     const __m256i rows[] = {get(x + at), get(x1 + at), get(x2 + at), get(x3 + at)};
     unrolled<0, 3>([&](auto r) CNNOPS_INLINE {
-      const __m512bh pairs = reinterpret_cast<__m512bh>(pair(rows[r.value], rows[r.value + 1]));
+      const __m512bh pairs = reinterpret_cast<__m512bh>(paired(rows[r.value], rows[r.value + 1]));
       unrolled<decltype(from)::value, decltype(to)::value>([&](auto s) CNNOPS_INLINE {
         vec<float>& of_tap = sum[r.value][0][s.value];
         of_tap = reinterpret_cast<vec<float>>(

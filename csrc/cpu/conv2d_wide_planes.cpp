@@ -537,5 +537,7 @@ void weight_grad(const Conv2dParams& p) {
 
 CNNOPS_EXPORT_FLOAT(conv2d_wide_planes_forward, Conv2dParams, forward)
 CNNOPS_EXPORT_FLOAT(conv2d_wide_planes_input_grad, Conv2dParams, input_grad)
+#if !CNNOPS_ISA_avx512_bf16  // it rounds few numbers
 CNNOPS_EXPORT_FLOAT(conv2d_wide_planes_weight_grad, Conv2dParams, weight_grad)
+#endif
 #endif

@@ -100,6 +100,9 @@ template <Load kLoad, class T>
   return load(p);
 }
 
+inline void fetch_run(const char* at, int64_t bytes) {
+  for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(at + byte, 0, 2);
+}
 // Memory that is needed soon: `runs` runs of bytes, `step` bytes apart. Each of `steps` steps of the work before asks for its
 // share. The processor's own prefetchers do not follow reads that jump from pixel to pixel or from plane to plane.
 struct Ahead {
@@ -109,7 +112,7 @@ struct Ahead {
   void fetch(int64_t now, int64_t steps) const {
     for (int64_t run = runs * now / steps; run < runs * (now + 1) / steps; ++run) {
       const char* const at = static_cast<const char*>(first) + run * step;
-      for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(at + byte, 0, 2);
+      fetch_run(at, bytes);
     }
   }
 };
@@ -122,8 +125,7 @@ struct AheadSteps {
   AheadSteps(const Ahead& a, int64_t steps)
       : at(static_cast<const char*>(a.first)), runs(a.runs), step(a.step), bytes(a.bytes), steps(steps) {}
   void fetch() {
-    for (due += runs; due >= steps; due -= steps, at += step)
-      for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(at + byte, 0, 2);
+    for (due += runs; due >= steps; due -= steps, at += step) fetch_run(at, bytes);
   }
 };
 
@@ -141,8 +143,7 @@ struct PixelsAhead {
         bytes(a.bytes),
         share(ceil_div(a.runs, calls)) {}
   void fetch() {
-    for (int64_t i = min64(share, left); i > 0; --i, at += step)
-      for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(at + byte, 0, 2);
+    for (int64_t i = min64(share, left); i > 0; --i, at += step) fetch_run(at, bytes);
     left -= share;
   }
 };
